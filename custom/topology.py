@@ -1,0 +1,226 @@
+"""Topology of binary masks and label maps: Betti numbers, skeletons, contacts (layer 0, numpy arrays, 3D).
+
+Conventions: a mask is a 3D array whose non-zero voxels are foreground. Foreground is 26-connected and background
+6-connected, the pair for which the Euler characteristic of a voxel set is consistent. What lies outside the array is
+background. Lengths do not enter: everything here is counted in voxels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from skimage.measure import euler_number
+from skimage.morphology import skeletonize
+
+__all__ = [
+    "betti_numbers",
+    "cl_dice",
+    "components_touching",
+    "fill_cavities",
+    "label_adjacency",
+    "largest_components",
+    "skeleton",
+]
+
+BoolArray = NDArray[np.bool_]
+
+_NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
+
+
+def _as_3d(name: str, array: ArrayLike) -> NDArray:
+    values = np.asarray(array)
+    if values.ndim != 3:
+        raise ValueError(
+            f"{name} must be a 3D array (H, W, D), got shape {values.shape}; select one batch item and one channel."
+        )
+    return values
+
+
+def _as_mask(name: str, mask: ArrayLike) -> BoolArray:
+    return _as_3d(name, mask).astype(bool)
+
+
+def _same_shape(name_a: str, a: NDArray, name_b: str, b: NDArray) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} and {name_b} must have one shape, got {a.shape} and {b.shape}; resample one first.")
+
+
+def _bounding_box(mask: BoolArray) -> tuple[slice, slice, slice]:
+    """Smallest box of a non-empty mask."""
+    spans = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    h, w, d = (slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+    return h, w, d
+
+
+def _cavities(padded: BoolArray) -> tuple[BoolArray, int]:
+    """Cavities of a mask with a background margin, and their number."""
+    components, total = ndimage.label(~padded)
+    outside = components[0, 0, 0]
+    return (components > 0) & (components != outside), total - 1
+
+
+def betti_numbers(mask: ArrayLike) -> tuple[int, int, int]:
+    """Counts components, tunnels and cavities.
+
+    With the Euler characteristic chi = b0 - b1 + b2 of the 26-connected foreground, b1 = b0 + b2 - chi.
+
+    Args:
+        mask: (H, W, D), non-zero is foreground. May touch the border: the outside is background.
+
+    Returns:
+        (b0, b1, b2): 26-connected components; tunnels; cavities, i.e. 6-connected background components that do not
+        reach the outside. An empty mask gives (0, 0, 0), one voxel (1, 0, 0).
+
+    Raises:
+        ValueError: if `mask` is not 3D.
+    """
+    foreground = _as_mask("mask", mask)
+    if not foreground.any():
+        return 0, 0, 0
+    padded = np.pad(foreground[_bounding_box(foreground)], 1)
+    b0 = int(ndimage.label(padded, _NEIGHBOURS_26)[1])
+    b2 = int(_cavities(padded)[1])
+    chi = int(euler_number(padded, connectivity=3))
+    return b0, b0 + b2 - chi, b2
+
+
+def fill_cavities(mask: ArrayLike) -> BoolArray:
+    """Adds the cavities (what b2 counts) to a mask. Tunnels and components stay; an empty mask stays empty.
+
+    Args:
+        mask: (H, W, D), non-zero is foreground.
+
+    Returns:
+        (H, W, D) bool, b2 = 0.
+
+    Raises:
+        ValueError: if `mask` is not 3D.
+    """
+    filled = _as_mask("mask", mask).copy()
+    if filled.any():
+        box = _bounding_box(filled)
+        filled[box] |= _cavities(np.pad(filled[box], 1))[0][1:-1, 1:-1, 1:-1]
+    return filled
+
+
+def largest_components(mask: ArrayLike, count: int) -> BoolArray:
+    """Keeps the `count` largest 26-connected components; of equal ones, those first in array order.
+
+    Args:
+        mask: (H, W, D), non-zero is foreground.
+        count: how many to keep, at least 1. With fewer components than that, all are kept.
+
+    Returns:
+        (H, W, D) bool. An empty mask stays empty.
+
+    Raises:
+        ValueError: if `mask` is not 3D or `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}; to drop a label, set its voxels to 0 instead.")
+    components, total = ndimage.label(_as_mask("mask", mask), _NEIGHBOURS_26)
+    sizes = np.bincount(components.ravel(), minlength=total + 1)[1:]
+    kept = np.argsort(-sizes, kind="stable")[:count] + 1
+    return np.isin(components, kept)
+
+
+def components_touching(mask: ArrayLike, other: ArrayLike) -> tuple[int, int]:
+    """Counts the components of `mask` that touch `other`: a voxel of one is in, or a 26-neighbour of, the other.
+
+    Args:
+        mask: (H, W, D), for example a coronary label.
+        other: (H, W, D), for example the aorta.
+
+    Returns:
+        (touching, total): 26-connected components of `mask` that touch, and all of them. An empty `mask` gives (0, 0),
+        an empty `other` (0, total).
+
+    Raises:
+        ValueError: if an argument is not 3D or the shapes differ.
+    """
+    foreground, target = _as_mask("mask", mask), _as_mask("other", other)
+    _same_shape("mask", foreground, "other", target)
+    components, total = ndimage.label(foreground, _NEIGHBOURS_26)
+    if total == 0 or not target.any():
+        return 0, int(total)
+    reach = ndimage.binary_dilation(target, _NEIGHBOURS_26)
+    touched = np.unique(components[reach & foreground])
+    return len(touched), int(total)
+
+
+def label_adjacency(label_map: ArrayLike) -> set[tuple[int, int]]:
+    """Finds which labels share a face.
+
+    6-neighbours, not 26: two surfaces that share a face really meet, while contacts over an edge or a corner come and
+    go with every resampling, and this set is compared before and after a deformation.
+
+    Args:
+        label_map: (H, W, D) integer labels, 0 is background.
+
+    Returns:
+        Pairs (low, high) of different non-zero labels; empty for an empty map or a single label.
+
+    Raises:
+        ValueError: if `label_map` is not 3D.
+    """
+    labels = _as_3d("label_map", label_map)
+    pairs: set[tuple[int, int]] = set()
+    for axis in range(3):
+        lines = np.moveaxis(labels, axis, 0)
+        here, there = lines[:-1], lines[1:]
+        contact = (here != there) & (here != 0) & (there != 0)
+        found = np.unique(np.stack([here[contact], there[contact]]), axis=1)
+        pairs |= {(int(min(a, b)), int(max(a, b))) for a, b in found.T}
+    return pairs
+
+
+def skeleton(mask: ArrayLike) -> BoolArray:
+    """Thins a mask to a one-voxel-wide centre line of the same topology (Lee et al. 1994, as in scikit-image).
+
+    Args:
+        mask: (H, W, D), non-zero is foreground. May touch the border.
+
+    Returns:
+        (H, W, D) bool, a subset of the mask. An empty mask stays empty, one voxel stays.
+
+    Raises:
+        ValueError: if `mask` is not 3D.
+    """
+    foreground = _as_mask("mask", mask)
+    thin = np.zeros_like(foreground)
+    if foreground.any():
+        box = _bounding_box(foreground)
+        thin[box] = skeletonize(np.pad(foreground[box], 1), method="lee")[1:-1, 1:-1, 1:-1] > 0
+    return thin
+
+
+def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
+    """Centre-line Dice with hard skeletons.
+
+    T_prec = |S_P & V_L| / |S_P|, T_sens = |S_L & V_P| / |S_L|, clDice = 2 T_prec T_sens / (T_prec + T_sens), with
+    V_P, V_L the two masks and S_P, S_L their skeletons.
+
+    Args:
+        prediction: (H, W, D), non-zero is foreground.
+        truth: (H, W, D), non-zero is foreground.
+
+    Returns:
+        A value in [0, 1]; 1 if both masks are empty, 0 if exactly one is.
+
+    Raises:
+        ValueError: if an argument is not 3D or the shapes differ.
+
+    References:
+        Shit et al., clDice - a novel topology-preserving loss function for tubular structure segmentation, CVPR 2021.
+    """
+    V_P, V_L = _as_mask("prediction", prediction), _as_mask("truth", truth)
+    _same_shape("prediction", V_P, "truth", V_L)
+    if not V_P.any() or not V_L.any():
+        return float(not V_P.any() and not V_L.any())
+    S_P, S_L = skeleton(V_P), skeleton(V_L)
+    precision = (S_P & V_L).sum() / S_P.sum()
+    sensitivity = (S_L & V_P).sum() / S_L.sum()
+    if precision + sensitivity == 0:
+        return 0.0
+    return float(2 * precision * sensitivity / (precision + sensitivity))
