@@ -2,10 +2,10 @@
 
 Conventions, for every function here:
 
-- A *displacement* or *velocity* is (B, 3, H, W, D) in voxels of its own grid; component k moves along spatial axis k, in
-  the order H, W, D (as `monai.networks.blocks.Warp`).
-- *Coordinates* are (B, 3, H, W, D): for each voxel of an output grid, the position to read, in voxels of the volume that
-  is read, whose shape may differ. `sample` reads them; reading outside gives the nearest border voxel.
+- A *displacement* or *velocity* is (B, 3, H, W, D) in voxels of its own grid; component k moves along spatial axis k,
+  in the order H, W, D (as `monai.networks.blocks.Warp`).
+- *Coordinates* are (B, 3, H, W, D): for each voxel of an output grid, the position to read, in voxels of the volume
+  that is read, whose shape may differ. `sample` reads them; outside means the nearest border voxel.
 - Pull-back: `warp(volume, u)(x) = volume(x + u(x))`.
 """
 
@@ -34,12 +34,11 @@ __all__ = [
 
 _STEP_PER_SIGMA = 0.75  # distance of basis nodes: the variance between nodes then ripples by less than 0.1 %
 _MARGIN_PER_SIGMA = 2.5  # nodes beyond the grid, so that the field is stationary up to its border
-
-_WEIGHT_MM = 10.0  # displacement that a unit weight of the registration stands for
-_SMOOTHNESS = 1e-4  # weight of the squared weights against the overlap
-_FIT_SIGMA_MM = 12.0  # correlation length of the registration's velocity
-_BLOCKS_MM = (8.0, 4.5)  # label grids of the registration, coarse to fine
-_FIT_SQUARINGS = 4
+_FIT_SIGMA_MM = 12.0  # correlation length of a registration's velocity
+_FIT_BLOCK_MM = 4.5  # finer of the two label grids of a registration; the coarser has blocks of twice that
+_FIT_ITERATIONS = (12, 8)  # L-BFGS iterations on the coarser and the finer grid
+_FIT_UNIT_MM = 10.0  # displacement that a weight of 1 stands for
+_FIT_SMOOTHNESS = 1e-4  # price of a squared weight, against overlap losses of 0 to 1
 
 
 def _check_volume(name: str, volume: Tensor, channels: int | None = None) -> None:
@@ -89,7 +88,7 @@ def sample(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear") -> Te
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}.")
     if coordinates.shape[0] not in (1, volume.shape[0]):
         raise ValueError(
-            f"coordinates must have batch size 1 or {volume.shape[0]} as volume, got {coordinates.shape[0]}; repeat them."
+            f"coordinates must have batch size 1 or {volume.shape[0]} as volume, got {coordinates.shape[0]}."
         )
     exact = volume.dtype if volume.dtype == torch.float64 else torch.float32
     last = torch.tensor([max(n - 1, 1) for n in volume.shape[2:]], dtype=exact, device=volume.device)
@@ -122,8 +121,8 @@ def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Ten
     _check_volume("displacement", displacement, 3)
     if volume.shape[2:] != displacement.shape[2:]:
         raise ValueError(
-            f"displacement must be on the grid {tuple(volume.shape[2:])} of volume, got {tuple(displacement.shape[2:])}; "
-            "for different grids pass coordinates to sample()."
+            f"displacement must be on the grid {tuple(volume.shape[2:])} of volume, got "
+            f"{tuple(displacement.shape[2:])}; for different grids pass coordinates to sample()."
         )
     return sample(volume, identity_coordinates(volume.shape[2:], device=volume.device) + displacement, mode=mode)
 
@@ -306,70 +305,73 @@ def random_velocity(
     return _to_voxels(field * (amplitude_mm / rms), spacing)
 
 
-def _plain(label_map: Tensor) -> Tensor:
-    """Drops tensor subclasses (MONAI's MetaTensor): their bookkeeping would cost more than the registration."""
-    return label_map.detach().as_subclass(Tensor)
-
-
-def _common_labels(moving: Tensor, fixed: Tensor, labels: Sequence[int]) -> list[int]:
-    """Labels that every item of both maps holds, after checking both maps."""
+def _checked_pair(moving: Tensor, fixed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Items (1, 1, H, W, D) of two batches, as plain tensors: MetaTensor's bookkeeping would cost more than the fit."""
     for name, label_map in (("moving", moving), ("fixed", fixed)):
         _check_volume(name, label_map, 1)
     if moving.shape[0] != fixed.shape[0]:
         raise ValueError(f"moving and fixed must have one batch size, got {moving.shape[0]} and {fixed.shape[0]}.")
-    maps = (*moving, *fixed)
-    common = [label for label in labels if all(bool((item == label).any()) for item in maps)]
+    plain = [label_map.detach().as_subclass(Tensor) for label_map in (moving, fixed)]  # type: ignore[attr-defined]
+    return list(zip(plain[0].split(1), plain[1].split(1), strict=True))
+
+
+def _common_labels(moving: Tensor, fixed: Tensor, labels: Sequence[int]) -> list[int]:
+    held = [set(torch.bincount(m.flatten().long()).nonzero()[:, 0].tolist()) - {0} for m in (moving, fixed)]
+    common = [label for label in labels if label in held[0] & held[1]]
     if not common:
-        found = [sorted(int(v) for v in m.unique() if v != 0) for m in (moving, fixed)]
         raise ValueError(
-            f"labels must name at least one label present in both maps, got {list(labels)} while moving holds {found[0]} "
-            f"and fixed {found[1]}; choose other labels or another template."
+            f"labels must name at least one label present in both maps, got {list(labels)} while moving holds "
+            f"{sorted(held[0])} and fixed {sorted(held[1])}; choose other labels or another template."
         )
     return common
 
 
 def _centre_and_extent(label_map: Tensor, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, 3) in voxels, per axis, of the positions of labels of equal weight."""
-    density = torch.zeros_like(label_map[:, 0], dtype=torch.float32)
-    for label in labels:
-        inside = label_map[:, 0] == label
-        density += inside / inside.sum((1, 2, 3), keepdim=True)
-    moments = []
-    for axis in range(1, 4):
-        profile = density.sum([a for a in range(1, 4) if a != axis]).double() / len(labels)
-        position = torch.arange(profile.shape[1], device=profile.device)
-        mean = (profile * position).sum(1, keepdim=True)
-        moments.append((mean, (profile * (position - mean) ** 2).sum(1, keepdim=True).sqrt()))
-    means, extents = zip(*moments, strict=True)
-    return torch.cat(means, 1), torch.cat(extents, 1)
+    """Mean and standard deviation (3,) in voxels, per axis, of the positions of labels of equal weight."""
+    ids = label_map[0, 0].long()
+    counts = torch.bincount(ids.flatten())
+    weights = torch.zeros(len(counts), device=ids.device)
+    weights[labels] = 1 / (len(labels) * counts[labels])
+    density = weights[ids]
+    means, deviations = [], []
+    for axis in range(3):
+        profile = density.sum([a for a in range(3) if a != axis]).double()
+        position = torch.arange(len(profile), device=ids.device)
+        means.append((profile * position).sum())
+        deviations.append((profile * (position - means[-1]) ** 2).sum().sqrt())
+    return torch.stack(means), torch.stack(deviations)
 
 
 def align_extent(
     moving: Tensor, fixed: Tensor, *, labels: Sequence[int], scale_range: tuple[float, float] = (0.7, 1.4)
 ) -> Tensor:
-    """Aligns the position and size of some structures: matches centroid and standard deviation per axis. Ours.
+    """Aligns position and size of some structures: matches their centre and standard deviation per axis. Ours.
 
-    The maps may differ in shape but must share spacing and orientation (the caller resamples), so voxels serve as
-    lengths. Labels missing in either map are left out of both.
+    Each label weighs the same, however large: a long piece of aorta in one field of view would drag the heart along
+    (measured on the real pair: mean Dice 0.31 with voxels weighing the same, 0.45 so). The maps may differ in shape but
+    must share spacing and orientation (the caller resamples). Labels missing in either map are left out of both.
 
     Args:
         moving: (B, 1, h, w, d) integer labels.
         fixed: (B, 1, H, W, D) integer labels.
-        labels: ids whose union is aligned.
-        scale_range: limits of the scale from fixed to moving along each axis. Structures without extent keep scale 1.
+        labels: ids to align.
+        scale_range: limits of the scale from fixed to moving along each axis. Structures one voxel thick keep scale 1.
 
     Returns:
-        Affine (B, 3, 4) that takes a position in `fixed`, in voxels, to the position to read in `moving`.
+        Affine (B, 3, 4) float32 that takes a position in `fixed` to the one to read in `moving`, both in voxels.
 
     Raises:
         ValueError: if a shape is wrong or no label is in both maps.
     """
-    moving, fixed = _plain(moving), _plain(fixed)
-    common = _common_labels(moving, fixed, labels)
-    (centre_m, extent_m), (centre_f, extent_f) = (_centre_and_extent(m, common) for m in (moving, fixed))
-    flat = (extent_m == 0) | (extent_f == 0)
-    scale = torch.where(flat, 1.0, extent_m / extent_f).clamp(*scale_range)
-    return torch.cat([torch.diag_embed(scale), (centre_m - scale * centre_f)[..., None]], 2).float()
+    affines = []
+    for source, target in _checked_pair(moving, fixed):
+        common = _common_labels(source, target, labels)
+        centre_m, deviation_m = _centre_and_extent(source, common)
+        centre_f, deviation_f = _centre_and_extent(target, common)
+        flat = (deviation_m == 0) | (deviation_f == 0)
+        scale = torch.where(flat, 1.0, deviation_m / deviation_f).clamp(*scale_range)
+        affines.append(torch.cat([scale.diag(), (centre_m - scale * centre_f)[:, None]], 1))
+    return torch.stack(affines).float()
 
 
 def _transform(affine: Tensor, coordinates: Tensor) -> Tensor:
@@ -378,21 +380,24 @@ def _transform(affine: Tensor, coordinates: Tensor) -> Tensor:
     return moved.unflatten(2, coordinates.shape[2:])
 
 
-def _soft_labels(label_map: Tensor, labels: Sequence[int], factors: Sequence[int]) -> Tensor:
-    """Blurred occupancy (B, L, H', W', D') of each label in blocks of `factors` voxels, by edge-padded averages."""
-    short = [-n % f for n, f in zip(label_map.shape[2:], factors, strict=True)]
-    padded = F.pad(label_map.float(), (0, short[2], 0, short[1], 0, short[0]), mode="replicate")
-    stack = [F.avg_pool3d((padded == label).float(), tuple(factors)) for label in labels]
-    occupancy = torch.cat(stack, 1)
-    for _ in range(2):  # two 3^3 averages: close to a Gaussian of 1.15 blocks
-        occupancy = F.avg_pool3d(F.pad(occupancy, (1,) * 6, mode="replicate"), 3, stride=1)
-    return occupancy
+def _average(volume: Tensor, factors: Sequence[int]) -> Tensor:
+    """Means over blocks of `factors` voxels; the last blocks repeat the border."""
+    short = [-n % f for n, f in zip(volume.shape[2:], factors, strict=True)]
+    padded = F.pad(volume, (0, short[2], 0, short[1], 0, short[0]), mode="replicate")
+    return F.avg_pool3d(padded, tuple(factors))
+
+
+def _blur(volume: Tensor) -> Tensor:
+    """Two averages over 3^3 voxels: close to a Gaussian of standard deviation 1.15."""
+    for _ in range(2):
+        volume = F.avg_pool3d(F.pad(volume, (1,) * 6, mode="replicate"), 3, stride=1)
+    return volume
 
 
 def _overlap_loss(a: Tensor, b: Tensor) -> Tensor:
-    """1 - soft Dice, 1 - 2 sum(ab) / sum(a^2 + b^2), mean over labels, sum over the batch."""
-    axes = (2, 3, 4)
-    return (1 - 2 * (a * b).sum(axes) / (a.square() + b.square()).sum(axes)).mean(1).sum()
+    """1 - soft Dice, 1 - 2 sum(ab) / sum(a^2 + b^2) of (1, L, H, W, D), mean over labels."""
+    axes = (0, 2, 3, 4)
+    return (1 - 2 * (a * b).sum(axes) / (a.square() + b.square()).sum(axes)).mean()
 
 
 def _descend(
@@ -407,87 +412,118 @@ def _descend(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        displacement = exponentiate(_to_voxels(_WEIGHT_MM * _expand(weights, bases), block), _FIT_SQUARINGS)
-        loss = _overlap_loss(warp(moving, displacement), fixed) + _SMOOTHNESS * weights.square().sum()
+        displacement = exponentiate(_to_voxels(_expand(weights, bases) * _FIT_UNIT_MM, block), steps=4)
+        loss = _overlap_loss(warp(moving, displacement), fixed) + _FIT_SMOOTHNESS * weights.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(objective)
 
 
-def _fit(
-    moving: Tensor, fixed: Tensor, labels: Sequence[int], spacing: tuple[float, float, float], iterations: Sequence[int]
-) -> tuple[Tensor, list[int]]:
-    """Weights of the velocity that registers two maps, and the block factors of the finest grid used."""
-    if moving.shape != fixed.shape:
+def _fit(moving: Tensor, fixed: Tensor, labels: Sequence[int], spacing: tuple[float, float, float]) -> Tensor:
+    """Weights (1, 3, nodes) of the velocity that registers one item, coarse grid first."""
+    common = _common_labels(moving, fixed, labels)
+    shape = fixed.shape[2:]
+    fine = _block_factors(spacing)
+    soft = [torch.cat([_average((m == n).float(), fine) for n in common], 1) for m in (moving, fixed)]
+    nodes = [basis.shape[1] for basis in _bases(shape, spacing, _FIT_SIGMA_MM, fine, fixed.device)]
+    weights = torch.zeros(1, 3, *nodes, device=fixed.device, requires_grad=True)
+    for coarser, steps in zip((2, 1), _FIT_ITERATIONS, strict=True):
+        factors = [coarser * f for f in fine]
+        block = [f * s for f, s in zip(factors, spacing, strict=True)]
+        a, b = (_blur(_average(m, (coarser,) * 3)) for m in soft)
+        _descend(weights, a, b, _bases(shape, spacing, _FIT_SIGMA_MM, factors, fixed.device), block, steps)
+    return weights.detach()
+
+
+def _block_factors(spacing: Sequence[float]) -> list[int]:
+    return [max(1, round(_FIT_BLOCK_MM / s)) for s in spacing]
+
+
+def _fitted_velocity(
+    moving: Tensor, fixed: Tensor, labels: Sequence[int], spacing_mm: Sequence[float], factors: Sequence[int]
+) -> Tensor:
+    """Registers item by item and evaluates the velocity on blocks of `factors` voxels, in blocks."""
+    spacing = _check_spacing(spacing_mm)
+    if moving.shape[2:] != fixed.shape[2:]:
         raise ValueError(
-            f"moving must be on the grid {tuple(fixed.shape)} of fixed, got {tuple(moving.shape)}; "
+            f"moving must be on the grid {tuple(fixed.shape[2:])} of fixed, got {tuple(moving.shape[2:])}; "
             "use template_coordinates(), which takes different grids."
         )
-    moving, fixed = _plain(moving), _plain(fixed)
-    common = _common_labels(moving, fixed, labels)
-    shape, device = fixed.shape[2:], fixed.device
-    nodes = [basis.shape[1] for basis in _bases(shape, spacing, _FIT_SIGMA_MM, (1, 1, 1), device)]
-    weights = torch.zeros(fixed.shape[0], 3, *nodes, device=device, requires_grad=True)
-    for block_mm, steps in zip(_BLOCKS_MM, iterations, strict=True):
-        factors = [max(1, round(block_mm / s)) for s in spacing]
-        soft_moving, soft_fixed = (_soft_labels(m, common, factors) for m in (moving, fixed))
-        bases = _bases(shape, spacing, _FIT_SIGMA_MM, factors, device)
-        block = [f * s for f, s in zip(factors, spacing, strict=True)]
-        with torch.enable_grad():
-            _descend(weights, soft_moving, soft_fixed, bases, block, steps)
-    return weights.detach(), factors
-
-
-def label_velocity(
-    moving: Tensor,
-    fixed: Tensor,
-    *,
-    labels: Sequence[int],
-    spacing_mm: Sequence[float],
-    iterations: Sequence[int] = (25, 15),
-) -> Tensor:
-    """Registers two label maps without training and returns the velocity, which may be scaled, mixed and inverted."""
-    spacing = _check_spacing(spacing_mm)
-    weights, _ = _fit(moving, fixed, labels, spacing, iterations)
-    bases = _bases(fixed.shape[2:], spacing, _FIT_SIGMA_MM, (1, 1, 1), fixed.device)
-    return _to_voxels(_WEIGHT_MM * _expand(weights, bases), spacing)
-
-
-def register_label_maps(
-    moving: Tensor,
-    fixed: Tensor,
-    *,
-    labels: Sequence[int],
-    spacing_mm: Sequence[float],
-    iterations: Sequence[int] = (25, 15),
-) -> Tensor:
-    spacing = _check_spacing(spacing_mm)
-    weights, factors = _fit(moving, fixed, labels, spacing, iterations)
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = torch.cat([_fit(m, f, labels, spacing) for m, f in _checked_pair(moving, fixed)])
     bases = _bases(fixed.shape[2:], spacing, _FIT_SIGMA_MM, factors, fixed.device)
-    block = [f * s for f, s in zip(factors, spacing, strict=True)]
-    coarse = exponentiate(_to_voxels(_WEIGHT_MM * _expand(weights, bases), block))
-    scale = torch.tensor(factors, device=coarse.device).view(1, 3, 1, 1, 1)
-    centres = (identity_coordinates(fixed.shape[2:], device=coarse.device) - (scale - 1) / 2) / scale
-    return sample(coarse * scale, centres)
+    return _to_voxels(_expand(weights, bases) * _FIT_UNIT_MM, [f * s for f, s in zip(factors, spacing, strict=True)])
+
+
+def label_velocity(moving: Tensor, fixed: Tensor, *, labels: Sequence[int], spacing_mm: Sequence[float]) -> Tensor:
+    """Registers two label maps without training and returns the velocity, to be scaled, mixed or inverted. Ours.
+
+    Soft Dice of blurred labels on blocks of 9, then 4.5 mm, plus the price of the field under the Gaussian model of
+    `random_velocity` (its white weights, squared), minimised by L-BFGS. Deterministic; items do not see each other.
+
+    Args:
+        moving: (B, 1, H, W, D) integer labels, on the grid of `fixed`.
+        fixed: (B, 1, H, W, D) integer labels.
+        labels: ids to match; those missing in either map are ignored. Leave thin tubes out: blurring erases them.
+        spacing_mm: voxel size along each axis, mm.
+
+    Returns:
+        (B, 3, H, W, D) in voxels; `warp(moving, exponentiate(velocity))` lies on `fixed`.
+
+    Raises:
+        ValueError: if a shape or the spacing is wrong, or an item has no label in both maps.
+    """
+    return _fitted_velocity(moving, fixed, labels, spacing_mm, (1, 1, 1))
+
+
+def register_label_maps(moving: Tensor, fixed: Tensor, *, labels: Sequence[int], spacing_mm: Sequence[float]) -> Tensor:
+    """Registers two label maps: `exponentiate(label_velocity(...))`, but with the exponential on the 4.5 mm blocks.
+
+    The velocity is smooth over 12 mm, so linear enlargement of its flow differs from that by a fraction of a voxel, in
+    a fifth of the time.
+
+    Args:
+        moving: (B, 1, H, W, D) integer labels, on the grid of `fixed`.
+        fixed: (B, 1, H, W, D) integer labels.
+        labels: ids to match; those missing in either map are ignored.
+        spacing_mm: voxel size along each axis, mm.
+
+    Returns:
+        Displacement (B, 3, H, W, D) in voxels; `warp(moving, displacement)` lies on `fixed`.
+
+    Raises:
+        ValueError: if a shape or the spacing is wrong, or an item has no label in both maps.
+    """
+    factors = _block_factors(_check_spacing(spacing_mm))
+    flow = exponentiate(_fitted_velocity(moving, fixed, labels, spacing_mm, factors))
+    scale = torch.tensor(factors, device=flow.device).view(1, 3, 1, 1, 1)
+    centres = (identity_coordinates(fixed.shape[2:], device=flow.device) - (scale - 1) / 2) / scale
+    return sample(flow * scale, centres)
 
 
 def template_coordinates(
-    template_label: Tensor,
-    target_label: Tensor,
-    *,
-    labels: Sequence[int],
-    spacing_mm: Sequence[float],
-    iterations: Sequence[int] = (25, 15),
+    template_label: Tensor, target_label: Tensor, *, labels: Sequence[int], spacing_mm: Sequence[float]
 ) -> Tensor:
-    """Where to read a template so that its anatomy lies on the target: alignment, then registration, one interpolation.
+    """Finds where to read a template so that its anatomy lies on a target: alignment, then registration.
 
-    `sample(template_image, coordinates)` reads the image, `sample(template_label, coordinates, mode="nearest")` the map.
+    Both are in one set of coordinates, so the image is interpolated once and its noise is not smoothed twice:
+    `sample(template_image, coordinates)`, `sample(template_label, coordinates, mode="nearest")`.
+
+    Args:
+        template_label: (B, 1, h, w, d) integer labels; any grid shape, spacing and orientation of the target.
+        target_label: (B, 1, H, W, D) integer labels.
+        labels: ids to match; those missing in either map are ignored.
+        spacing_mm: voxel size along each axis, mm, of both.
+
+    Returns:
+        Coordinates (B, 3, H, W, D) float32, in voxels of the template.
+
+    Raises:
+        ValueError: if a shape or the spacing is wrong, or an item has no label in both maps.
     """
     affine = align_extent(template_label, target_label, labels=labels)
     here = identity_coordinates(target_label.shape[2:], device=target_label.device)
     aligned = sample(template_label, _transform(affine, here), mode="nearest")
-    displacement = register_label_maps(
-        aligned, target_label, labels=labels, spacing_mm=spacing_mm, iterations=iterations
-    )
+    displacement = register_label_maps(aligned, target_label, labels=labels, spacing_mm=spacing_mm)
     return _transform(affine, here + displacement)
