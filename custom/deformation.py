@@ -36,7 +36,8 @@ _STEP_PER_SIGMA = 0.75  # distance of basis nodes: the variance between nodes th
 _MARGIN_PER_SIGMA = 2.5  # nodes beyond the grid, so that the field is stationary up to its border
 _FIT_SIGMA_MM = 12.0  # correlation length of a registration's velocity
 _FIT_BLOCK_MM = 4.5  # finer of the two label grids of a registration; the coarser has blocks of twice that
-_FIT_ITERATIONS = (12, 8)  # L-BFGS iterations on the coarser and the finer grid
+_FIT_ITERATIONS = (12, 6)  # L-BFGS iterations on the coarser and the finer grid
+_FIT_SQUARINGS = 3  # enough on blocks: a step is then within a block
 _FIT_UNIT_MM = 10.0  # displacement that a weight of 1 stands for
 _FIT_SMOOTHNESS = 1e-4  # price of a squared weight, against overlap losses of 0 to 1
 
@@ -91,15 +92,10 @@ def sample(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear") -> Te
             f"coordinates must have batch size 1 or {volume.shape[0]} as volume, got {coordinates.shape[0]}."
         )
     exact = volume.dtype if volume.dtype == torch.float64 else torch.float32
-    last = torch.tensor([max(n - 1, 1) for n in volume.shape[2:]], dtype=exact, device=volume.device)
-    unit = coordinates.to(exact).movedim(1, -1) * (2 / last) - 1
-    values = F.grid_sample(
-        volume.to(exact),
-        unit.flip(-1).expand(volume.shape[0], -1, -1, -1, -1),  # grid_sample wants the last axis first
-        mode=mode,
-        padding_mode="border",
-        align_corners=True,
-    )
+    last = torch.tensor([max(n - 1, 1) for n in volume.shape[:1:-1]], device=volume.device).view(1, 3, 1, 1, 1)
+    unit = coordinates.to(exact).flip(1) * (2 / last) - 1  # grid_sample wants the last axis first, and -1 .. 1
+    grid = unit.movedim(1, -1).expand(volume.shape[0], -1, -1, -1, -1)
+    values = F.grid_sample(volume.to(exact), grid, mode=mode, padding_mode="border", align_corners=True)
     return (values if volume.dtype.is_floating_point else values.round()).to(volume.dtype)
 
 
@@ -412,7 +408,7 @@ def _descend(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        displacement = exponentiate(_to_voxels(_expand(weights, bases) * _FIT_UNIT_MM, block), steps=4)
+        displacement = exponentiate(_to_voxels(_expand(weights, bases) * _FIT_UNIT_MM, block), steps=_FIT_SQUARINGS)
         loss = _overlap_loss(warp(moving, displacement), fixed) + _FIT_SMOOTHNESS * weights.square().sum()
         loss.backward()
         return loss

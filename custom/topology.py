@@ -7,11 +7,12 @@ background. Lengths do not enter: everything here is counted in voxels.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from skimage.measure import euler_number
-from skimage.morphology import skeletonize
 
 __all__ = [
     "betti_numbers",
@@ -26,6 +27,11 @@ __all__ = [
 BoolArray = NDArray[np.bool_]
 
 _NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
+_OFFSETS = np.array([o for o in product((-1, 0, 1), repeat=3) if o != (0, 0, 0)])  # 26 neighbours
+_FACES = np.abs(_OFFSETS).sum(1) == 1
+_WITHIN_18 = np.abs(_OFFSETS).sum(1) <= 2
+_LINKS_26 = (np.abs(_OFFSETS[:, None] - _OFFSETS[None]).max(2) <= 1).astype(np.float32)
+_LINKS_6 = (np.abs(_OFFSETS[:, None] - _OFFSETS[None]).sum(2) <= 1).astype(np.float32)
 
 
 def _as_3d(name: str, array: ArrayLike) -> NDArray:
@@ -175,14 +181,69 @@ def label_adjacency(label_map: ArrayLike) -> set[tuple[int, int]]:
     return pairs
 
 
+def _reached(members: BoolArray, starts: BoolArray, links: NDArray[np.float32]) -> BoolArray:
+    """Members (N, 26) of each neighbourhood that are linked to the first start; none where there is no start."""
+    reached = np.zeros_like(members)
+    rows = np.arange(len(members))
+    first = starts.argmax(1)
+    reached[rows, first] = starts[rows, first]
+    while True:
+        grown = (reached.astype(np.float32) @ links > 0) & members
+        if (grown == reached).all():
+            return reached
+        reached = grown
+
+
+def _is_simple(neighbours: BoolArray) -> BoolArray:
+    """Which voxels can go without a change of topology (Bertrand & Malandain 1994), from their (N, 26) neighbours.
+
+    One 26-component of foreground around the voxel, and one 6-component of background that shares a face with it,
+    within its 18 neighbours.
+    """
+    one_object = (_reached(neighbours, neighbours, _LINKS_26) == neighbours).all(1) & neighbours.any(1)
+    background = ~neighbours & _WITHIN_18
+    faces = background & _FACES
+    one_background = (_reached(background, faces, _LINKS_6) >= faces).all(1) & faces.any(1)
+    return one_object & one_background
+
+
+def _thin(padded: BoolArray) -> None:
+    """Removes, in place, simple voxels that are not line ends, layer by layer from six sides until none is left.
+
+    Voxels of one parity class are not neighbours, so each of the eight classes may go at once.
+    """
+    flat = padded.ravel()
+    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
+    around = _OFFSETS @ strides
+    classes = ((np.indices(padded.shape) % 2) * np.array([4, 2, 1]).reshape(3, 1, 1, 1)).sum(0).ravel()
+    removed = True
+    while removed:
+        removed = False
+        for side in around[_FACES]:
+            voxels = np.flatnonzero(flat)
+            border = voxels[~flat[voxels + side]]
+            for parity in range(8):
+                chosen = border[classes[border] == parity]
+                neighbours = flat[chosen[:, None] + around]
+                chosen, neighbours = chosen[neighbours.sum(1) > 1], neighbours[neighbours.sum(1) > 1]
+                gone = chosen[_is_simple(neighbours)]
+                flat[gone] = False
+                removed |= len(gone) > 0
+
+
 def skeleton(mask: ArrayLike) -> BoolArray:
-    """Thins a mask to a one-voxel-wide centre line of the same topology (Lee et al. 1994, as in scikit-image).
+    """Thins a mask to a one-voxel-wide centre line of the same topology. Ours.
+
+    Not scikit-image's `skeletonize`: of a 3D mask an even number of voxels thick it erases whole branches or all (a bar
+    of 2 x 2 x 20 voxels leaves nothing), and coronaries are two voxels wide. Here every removed voxel is simple and no
+    line end at the moment it goes.
 
     Args:
         mask: (H, W, D), non-zero is foreground. May touch the border.
 
     Returns:
-        (H, W, D) bool, a subset of the mask. An empty mask stays empty, one voxel stays.
+        (H, W, D) bool, a subset of the mask with its Betti numbers. An empty mask stays empty, one voxel stays; a
+        cavity keeps a shell around it.
 
     Raises:
         ValueError: if `mask` is not 3D.
@@ -191,7 +252,9 @@ def skeleton(mask: ArrayLike) -> BoolArray:
     thin = np.zeros_like(foreground)
     if foreground.any():
         box = _bounding_box(foreground)
-        thin[box] = skeletonize(np.pad(foreground[box], 1), method="lee")[1:-1, 1:-1, 1:-1] > 0
+        padded = np.pad(foreground[box], 1)
+        _thin(padded)
+        thin[box] = padded[1:-1, 1:-1, 1:-1]
     return thin
 
 
