@@ -1,0 +1,404 @@
+"""A procedural contrast-enhanced cardiac CT with exact labels (layer 1): appearance, cohort and command line.
+
+Geometry (`custom.phantom_anatomy`) and appearance are drawn from separate generators seeded by (seed, subject index), so a
+subject never depends on how many subjects or workers there are, and the same anatomy can be seen under another contrast.
+
+    python -m custom.phantom make --output_dir DIR --subjects 40 --seed 0
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fire
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from custom.phantom_anatomy import INTENDED_BETTI, LABELS, Anatomy, TopologyError, build_anatomy
+
+__all__ = ["INTENDED_BETTI", "LABELS", "Subject", "make", "make_subject"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+MIN_FOV_MM, MAX_SPACING_MM, MAX_DRAWS = 120.0, 2.5, 40
+Array = NDArray[np.float32]
+
+# HU range of the mean, and SD in HU of the fine (about 3 mm) and coarse (about 12 mm) texture inside the tissue.
+TISSUES: dict[str, tuple[float, float, float, float]] = {
+    "fat": (-105, -85, 8, 10),
+    "muscle": (45, 65, 10, 14),
+    "lung": (-860, -780, 22, 25),
+    "diaphragm": (45, 60, 4, 4),
+    "liver": (55, 105, 6, 6),
+    "viscera": (10, 70, 12, 45),
+    "gas": (-960, -900, 5, 5),
+    "mediastinum": (-105, -82, 10, 12),
+    "spine_muscle": (40, 60, 8, 12),
+    "cortex": (420, 700, 60, 60),
+    "marrow": (140, 260, 45, 25),
+    "disc": (70, 110, 8, 8),
+    "airway_wall": (20, 50, 8, 5),
+    "airway": (-990, -960, 3, 3),
+    "oesophagus": (30, 55, 12, 15),
+    "wall": (65, 100, 8, 10),
+    "myocardium": (80, 130, 7, 11),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One synthetic case; arrays are (H, W, D) along right, anterior, superior.
+
+    Attributes:
+        image: int16 HU, with noise.
+        label: uint8, ids of `LABELS`.
+        clean: int16 HU, the same scan without noise (blurred by the same point spread).
+        affine: (4, 4), voxel index to RAS mm.
+        parameters: everything drawn, json-serialisable.
+    """
+
+    image: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    clean: NDArray[np.int16]
+    affine: NDArray[np.float64]
+    parameters: dict[str, Any]
+
+
+def _field(shape: tuple[int, ...], sigma_voxels: float, rng: np.random.Generator) -> Array:
+    """Smooth Gaussian random field of mean 0 and SD 1."""
+    f = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma_voxels, mode="wrap")
+    return (f - f.mean()) / f.std()
+
+
+def _draw_contrast(rng: np.random.Generator) -> dict[str, float]:
+    """Mean HU of every contrast-filled structure: one left level, a right heart that is filled or washed out."""
+    left = rng.uniform(370, 530)
+    washed_out = rng.random() < 0.45
+    right = rng.uniform(130, 250) if washed_out else rng.uniform(320, 650)
+    lung_arteries = right + (rng.uniform(0, 60) if washed_out else rng.uniform(-40, 40))
+    return {
+        "left_ventricle": left + rng.uniform(-20, 5),
+        "left_atrium": left + rng.uniform(-5, 25),
+        "appendage": left + rng.uniform(-40, 10),
+        "pulmonary_veins": left + rng.uniform(0, 35),
+        "aorta": left + rng.uniform(-20, 10),
+        "coronaries": min(left * rng.uniform(0.82, 0.95), 450.0),
+        "right_ventricle": right,
+        "right_atrium": right + (rng.uniform(-20, 30) if washed_out else rng.uniform(-60, 80)),
+        "pulmonary_artery": lung_arteries,
+        "svc": right + (rng.uniform(0, 120) if washed_out else rng.uniform(150, 450)),
+        "ivc": rng.uniform(90, 160),
+        "vessels": 0.6 * lung_arteries + 0.3 * left,
+    }
+
+
+def _draw_appearance(rng: np.random.Generator) -> dict[str, Any]:
+    tissue = {name: float(rng.uniform(low, high)) for name, (low, high, _, _) in TISSUES.items()}
+    return {
+        "hu": tissue | {name: float(v) for name, v in _draw_contrast(rng).items()},
+        "noise_hu": rng.uniform(15, 40),
+        "grain_mm": rng.uniform(0.45, 0.8),
+        "psf_sigma_mm": rng.uniform(0.4, 0.7),
+        "sharpening": rng.uniform(0.0, 0.35),
+        "mixing": rng.uniform(0.02, 0.08),
+    }
+
+
+def _paint(anatomy: Anatomy, look: dict[str, Any], spacing_mm: float, rng: np.random.Generator) -> Array:
+    """Tissues over one another by coverage, each a mean HU plus its own share of common texture fields."""
+    shape = anatomy.label.shape
+    fine = _field(shape, 1.3 / spacing_mm, rng)
+    coarse = _field(shape, 5.0 / spacing_mm, rng)
+    hu = np.full(shape, -1000.0, np.float32)
+    for name, coverage in anatomy.layers:
+        mean = np.float32(look["hu"][name])
+        if name in TISSUES:
+            a, b = TISSUES[name][2:]
+        else:
+            a, b = 4.0, float(mean) * (look["mixing"] * (2.0 if name in ("right_atrium", "svc", "ivc") else 0.4))
+        hu += coverage * (mean + np.float32(a) * fine + np.float32(b) * coarse - hu)
+    return hu
+
+
+def _scan(hu: Array, look: dict[str, Any], spacing_mm: float) -> Array:
+    """Point spread (in plane, half of it along z) and the reconstruction kernel's slight overshoot."""
+    sigma = look["psf_sigma_mm"] / spacing_mm
+    blurred = ndimage.gaussian_filter(hu, (sigma, sigma, 0.7 * sigma))
+    return blurred + np.float32(look["sharpening"]) * (blurred - ndimage.gaussian_filter(blurred, (0.8, 0.8, 0.0)))
+
+
+def _noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, rng: np.random.Generator) -> Array:
+    """CT-like noise: band-pass in plane (a ramp filtered by the kernel), nearly white along z, strongest in the middle."""
+    white = rng.standard_normal(shape, dtype=np.float32)
+    s = look["grain_mm"] / spacing_mm
+    grain = ndimage.gaussian_filter(white, (s, s, 0.6 * s)) - 0.55 * ndimage.gaussian_filter(white, (3 * s, 3 * s, s))
+    x, y = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape[:2])
+    envelope = 0.88 + 0.24 * np.exp(-1.5 * (x[:, None] ** 2 + y[None] ** 2))
+    return grain * (np.float32(look["noise_hu"]) / grain.std()) * envelope[..., None]
+
+
+def _add_artefacts(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Paints calcified plaques, contrast streaks at the superior vena cava and layering in the right heart, in place."""
+    shape = hu.shape
+    voxel = np.stack(np.nonzero(anatomy.label == LABELS["coronaries"]), axis=1)
+    plaques = voxel[rng.integers(0, len(voxel), rng.integers(1, 7))]
+    world = (plaques - (np.array(shape) - 1) / 2) * spacing_mm
+    axes = [((np.arange(n) - (n - 1) / 2) * spacing_mm).astype(np.float32) for n in shape]
+    for centre in world:
+        distance = np.sqrt(sum(a**2 for a in np.ix_(*(axes[i] - np.float32(centre[i]) for i in range(3)))))
+        cover = np.clip(0.5 - (distance - rng.uniform(0.7, 1.6)) / np.float32(spacing_mm), 0, 1)
+        hu += cover * (np.float32(rng.uniform(650, 1100)) - hu)
+    source = anatomy.points_mm["svc"][len(anatomy.points_mm["svc"]) // 3]
+    x, y = axes[0][:, None] - source[0], axes[1][None] - source[1]
+    angle, radius = np.arctan2(y, x), np.sqrt(x**2 + y**2)
+    spokes = sum(np.cos(n * angle + rng.uniform(0, 6.28)) for n in (5, 9, 13, 19)) / 2
+    depth = np.exp(-(((axes[2] - source[2]) / 25.0) ** 2))
+    strength = rng.uniform(20, 90)
+    hu += np.float32(strength) * (spokes * np.exp(-radius / 30.0) * (radius > 6))[..., None] * depth
+    mixing = rng.uniform(50, 200)
+    swirl = np.float32(mixing) * _field(shape, 2.2 / spacing_mm, rng)
+    for name, cover in anatomy.layers:
+        if name == "right_atrium":
+            hu += cover * swirl
+    return {"plaques": len(plaques), "streak_hu": strength, "mixing_hu": mixing}
+
+
+def _move_right_artery(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random.Generator) -> float:
+    """Averages the neighbourhood of the right coronary artery over a short in-plane motion, in place; returns mm."""
+    motion_mm = float(rng.uniform(1.0, 4.0))
+    heading = rng.uniform(0, 2 * np.pi)
+    steps = np.linspace(-0.5, 0.5, 5)[:, None] * motion_mm / spacing_mm * np.array([np.cos(heading), np.sin(heading)])
+    moved = sum(ndimage.shift(hu, (dx, dy, 0.0), order=1, mode="nearest") for dx, dy in steps) / len(steps)
+    near = np.zeros(hu.shape, np.float32)
+    index = np.rint(anatomy.points_mm["RCA"] / spacing_mm + (np.array(hu.shape) - 1) / 2).astype(int)
+    near[tuple(np.clip(index, 0, np.array(hu.shape) - 1).T)] = 1.0
+    near = ndimage.gaussian_filter(ndimage.grey_dilation(near, 5), 3.0 / spacing_mm)
+    hu += np.clip(2.0 * near, 0, 1) * (moved - hu)
+    return motion_mm
+
+
+def _check_grid(shape: Any, spacing_mm: float) -> tuple[int, int, int]:
+    """Validates the grid of the public functions."""
+    try:
+        grid = tuple(int(n) for n in shape)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"shape must be three integers, got {shape!r}; pass for example 96,96,96.") from error
+    if len(grid) != 3 or min(grid) < 48:
+        raise ValueError(f"shape must be three sizes of at least 48 voxels, got {grid}; use for example 96,96,96.")
+    if not 0 < spacing_mm <= MAX_SPACING_MM:
+        raise ValueError(f"spacing_mm must be in (0, {MAX_SPACING_MM}], got {spacing_mm}; use for example 1.5.")
+    if min(grid) * spacing_mm < MIN_FOV_MM:
+        raise ValueError(
+            f"shape * spacing_mm must be at least {MIN_FOV_MM} mm along every axis to hold a heart, got "
+            f"{[round(n * spacing_mm, 1) for n in grid]} mm; enlarge shape or spacing_mm."
+        )
+    return grid  # type: ignore[return-value]
+
+
+def _draw_anatomy(seed: int, index: int, shape: tuple[int, int, int], spacing_mm: float) -> tuple[Anatomy, int]:
+    """First draw whose label map has the intended topology, and its number."""
+    for draw in range(MAX_DRAWS):
+        try:
+            return build_anatomy(shape, spacing_mm, np.random.default_rng([seed, index, 0, draw])), draw
+        except TopologyError as error:
+            logger.debug("subject %d, draw %d: %s", index, draw, error)
+    raise TopologyError(
+        f"no draw of {MAX_DRAWS} for seed {seed}, subject {index} has the intended topology; use another seed or a finer grid."
+    )
+
+
+def make_subject(
+    seed: int,
+    index: int,
+    *,
+    shape: tuple[int, int, int] = (96, 96, 96),
+    spacing_mm: float = 1.5,
+    artefacts: bool = False,
+    appearance_seed: int | None = None,
+) -> Subject:
+    """Makes one synthetic cardiac CT with its labels.
+
+    Args:
+        seed: cohort seed, at least 0.
+        index: subject number, at least 0; the subject depends on (seed, index) only.
+        shape: (H, W, D) voxels along right, anterior, superior, each at least 48.
+        spacing_mm: isotropic voxel size in (0, 2.5]; shape * spacing_mm must be at least 120 mm. A heart that would not fit
+            is scaled down (144 mm hold a heart at about 80 %).
+        artefacts: adds calcified plaques, contrast streaks and mixing, and motion of the right coronary artery.
+        appearance_seed: None means `seed`. Another value keeps the anatomy and redraws contrast, texture and noise.
+
+    Returns:
+        The subject; `parameters` records what was drawn.
+
+    Raises:
+        ValueError: for a negative seed or index and for a grid that cannot hold a heart.
+        TypeError: if `shape` is not three integers.
+        TopologyError: if no geometry of the intended topology was found (not seen on grids of 2.25 mm and finer).
+    """
+    grid = _check_grid(shape, spacing_mm)
+    look_seed = seed if appearance_seed is None else appearance_seed
+    for name, value in (("seed", seed), ("index", index), ("appearance_seed", look_seed)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}; choose a non-negative integer.")
+    anatomy, draw = _draw_anatomy(seed, index, grid, spacing_mm)
+    rng = np.random.default_rng([look_seed, index, 1])
+    look = _draw_appearance(rng)
+    hu = _paint(anatomy, look, spacing_mm, rng)
+    found: dict[str, Any] = {}
+    if artefacts:
+        artefact_rng = np.random.default_rng([look_seed, index, 2])
+        found = _add_artefacts(hu, anatomy, spacing_mm, artefact_rng)
+        found["rca_motion_mm"] = _move_right_artery(hu, anatomy, spacing_mm, artefact_rng)
+    clean = _scan(hu, look, spacing_mm)
+    image = clean + _noise(grid, look, spacing_mm, rng)
+    parameters = {"seed": seed, "index": index, "appearance_seed": look_seed, "draw": draw, "artefacts": found}
+    parameters |= {"anatomy": anatomy.parameters, "appearance": look}
+    to_hu = [np.clip(np.rint(a), -1024, 3071).astype(np.int16) for a in (image, clean)]
+    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    return Subject(to_hu[0], anatomy.label, to_hu[1], affine, json.loads(json.dumps(parameters, default=float)))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes to a hidden neighbour, then moves it in place, so a file is either absent or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part_{path.name}")
+    write(part)
+    os.replace(part, path)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _replace(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+FOLDERS = {"image": "images", "label": "labels", "clean": "clean"}
+
+
+def _write_subject(root: Path, index: int, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Makes and writes one subject; returns its parameters. Runs in a worker."""
+    options = {k: provenance[k] for k in ("seed", "spacing_mm", "artefacts")}
+    subject = make_subject(index=index, shape=tuple(provenance["shape"]), **options)
+    for key, folder in FOLDERS.items():
+        nifti = nib.Nifti1Image(getattr(subject, key), subject.affine)
+        nifti.header.set_xyzt_units("mm")
+        _replace(root / folder / f"subject_{index:03d}.nii.gz", lambda part, nifti=nifti: nib.save(nifti, part))
+    return subject.parameters
+
+
+def _check_folder(root: Path, names: list[str], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of the subjects already there; ValueError if the folder holds anything that is not this cohort."""
+    record = root / "parameters.json"
+    allowed = {root / folder / f"{name}.nii.gz" for folder in FOLDERS.values() for name in names}
+    allowed |= {record, root / "datalist.json"}
+    for path in sorted(root.rglob("*")) if root.exists() else []:
+        if path.is_file() and path not in allowed and not path.name.startswith(".part_"):
+            raise ValueError(f"output_dir must hold nothing but this cohort, found {path}; choose an empty folder.")
+    if not record.exists():
+        if any(path.exists() for path in allowed):
+            raise ValueError(f"output_dir has data but no {record}, its origin is unknown; choose an empty folder.")
+        return {}
+    found = json.loads(record.read_text())
+    if found.get("provenance") != provenance:
+        raise ValueError(
+            f"{record} was made with {found.get('provenance')}, now asked for {provenance}; use the same arguments to "
+            "continue, or choose another output_dir."
+        )
+    whole = [n for n in names if all((root / folder / f"{n}.nii.gz").exists() for folder in FOLDERS.values())]
+    return {n: found["subjects"][n] for n in whole if n in found["subjects"]}
+
+
+def _split(names: list[str], validation: float, test: float) -> dict[str, list[dict[str, str]]]:
+    """Decathlon lists; with three subjects or more every list with a positive fraction has at least one."""
+    n = len(names)
+    n_val, n_test = (max(int(round(f * n)), int(f > 0 and n >= 3)) for f in (validation, test))
+    ends = {
+        "training": (0, n - n_val - n_test),
+        "validation": (n - n_val - n_test, n - n_test),
+        "test": (n - n_test, n),
+    }
+    item = {n: {k: f"{folder}/{n}.nii.gz" for k, folder in FOLDERS.items()} | {"subject": n} for n in names}
+    return {key: [item[name] for name in names[a:b]] for key, (a, b) in ends.items()}
+
+
+def make(
+    output_dir: str,
+    subjects: int = 40,
+    seed: int = 0,
+    *,
+    shape: tuple[int, int, int] = (96, 96, 96),
+    spacing_mm: float = 1.5,
+    artefacts: bool | str = False,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    workers: int = 1,
+) -> str:
+    """Writes a cohort: images/, labels/, clean/ (NIfTI), parameters.json with provenance, and last datalist.json.
+
+    Started again with the same arguments it makes only what is missing.
+
+    Args:
+        output_dir: a new or empty folder, or one that this command began.
+        subjects: how many, at least 1.
+        seed, shape, spacing_mm, artefacts: see `make_subject`; artefacts also takes the words true and false.
+        validation_fraction, test_fraction: shares of the subjects, both at least 0 and below 1 together.
+        workers: processes, at least 1. The result does not depend on it.
+
+    Returns:
+        Path of datalist.json (lists "training", "validation", "test"; paths relative to it).
+
+    Raises:
+        ValueError: for values out of range, and for a folder that holds something else.
+    """
+    for name, value in (("subjects", subjects), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; pass --{name} 1 or more.")
+    if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"validation_fraction and test_fraction must be at least 0 and below 1 together, got {validation_fraction} and "
+            f"{test_fraction}; use for example 0.15 and 0.15."
+        )
+    if str(artefacts).lower() not in ("true", "false"):
+        raise ValueError(f"artefacts must be true or false, got {artefacts!r}; pass --artefacts true.")
+    grid = _check_grid(shape, spacing_mm)
+    provenance = {"generator": "custom.phantom", "version": VERSION, "seed": seed, "subjects": subjects}
+    provenance |= {"shape": list(grid), "spacing_mm": spacing_mm, "artefacts": str(artefacts).lower() == "true"}
+    provenance |= {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    root, names = Path(output_dir), [f"subject_{i:03d}" for i in range(subjects)]
+    done = _check_folder(root, names, provenance)
+    missing = [i for i, name in enumerate(names) if name not in done]
+    _write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
+    logger.info("%d of %d subjects to make in %s", len(missing), subjects, root)
+    for i, parameters in _each(root, missing, provenance, workers):
+        done[names[i]] = parameters
+        _write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
+        logger.info("%s written", names[i])
+    _write_json(root / "datalist.json", _split(names, validation_fraction, test_fraction) | {"provenance": provenance})
+    return str(root / "datalist.json")
+
+
+def _each(
+    root: Path, missing: list[int], provenance: dict[str, Any], workers: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Makes the missing subjects, here or in worker processes, in order."""
+    if workers == 1:
+        for i in missing:
+            yield i, _write_subject(root, i, provenance)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = [(i, pool.submit(_write_subject, root, i, provenance)) for i in missing]
+        for i, job in jobs:
+            yield i, job.result()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    fire.Fire({"make": make})
