@@ -55,6 +55,10 @@ TISSUES: dict[str, tuple[float, float, float, float]] = {
 }
 
 
+MIXING = {"right_atrium": 2.5, "svc": 2.0, "ivc": 2.0, "right_ventricle": 1.0}
+"""Share of `mixing` in the coarse texture of blood; 0.4 elsewhere."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One synthetic case; arrays are (H, W, D) along right, anterior, superior.
@@ -120,13 +124,13 @@ def _paint(anatomy: Anatomy, look: dict[str, Any], spacing_mm: float, rng: np.ra
     fine = _field(shape, 1.3 / spacing_mm, rng)
     coarse = _field(shape, 5.0 / spacing_mm, rng)
     hu = np.full(shape, -1000.0, np.float32)
-    for name, coverage in anatomy.layers:
-        mean = np.float32(look["hu"][name])
-        if name in TISSUES:
-            a, b = TISSUES[name][2:]
-        else:
-            a, b = 4.0, float(mean) * (look["mixing"] * (2.0 if name in ("right_atrium", "svc", "ivc") else 0.4))
-        hu += coverage * (mean + np.float32(a) * fine + np.float32(b) * coarse - hu)
+    for layer in anatomy.layers:
+        background = 1 - np.minimum(sum(layer.values()), 1)
+        hu *= background
+        for name, coverage in layer.items():
+            mean = np.float32(look["hu"][name])
+            a, b = TISSUES[name][2:] if name in TISSUES else (4.0, float(mean) * look["mixing"] * MIXING.get(name, 0.4))
+            hu += coverage * (mean + np.float32(a) * fine + np.float32(b) * coarse)
     return hu
 
 
@@ -167,9 +171,7 @@ def _add_artefacts(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.rando
     hu += np.float32(strength) * (spokes * np.exp(-radius / 30.0) * (radius > 6))[..., None] * depth
     mixing = rng.uniform(50, 200)
     swirl = np.float32(mixing) * _field(shape, 2.2 / spacing_mm, rng)
-    for name, cover in anatomy.layers:
-        if name == "right_atrium":
-            hu += cover * swirl
+    hu += swirl * next(layer["right_atrium"] for layer in anatomy.layers if "right_atrium" in layer)
     return {"plaques": len(plaques), "streak_hu": strength, "mixing_hu": mixing}
 
 

@@ -56,7 +56,7 @@ TUBES: dict[str, tuple[list[list[float]], list[float]]] = {
         [12.5, 13.0, 12.0, 9.5, 8.0, 6.0],
     ),
     "right_pulmonary_artery": (
-        [[18, -4, 66], [30, -20, 68], [52, -26, 66], [78, -30, 63], [100, -36, 56]],
+        [[18, -4, 68], [30, -20, 71], [52, -26, 70], [78, -30, 66], [100, -36, 58]],
         [10.5, 9.5, 9.0, 8.0, 5.5],
     ),
     "outflow": ([[16, 37, 8], [23, 37, 24], [27, 26, 40], [27, 20, 54]], [17.0, 16.0, 13.5, 12.0]),
@@ -86,14 +86,14 @@ class Anatomy:
 
     Attributes:
         label: (H, W, D) uint8, ids of `LABELS`.
-        layers: (tissue, coverage in [0, 1] of shape (H, W, D)), painted in this order.
+        layers: painted in this order; each {tissue: coverage in [0, 1] of shape (H, W, D)}, exclusive within a layer.
         surface_mm: (H, W, D) signed distance to the heart's blood pools, for appearance.
         points_mm: world positions of landmarks (RAS mm from the centre).
         parameters: what was drawn, json-serialisable.
     """
 
     label: NDArray[np.uint8]
-    layers: list[tuple[str, Array]]
+    layers: list[dict[str, Array]]
     surface_mm: Array
     points_mm: dict[str, NDArray[np.float64]]
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +181,10 @@ def _smooth_min(a: Array, b: Array, k: float) -> Array:
     return np.minimum(a, b) - h * h * np.float32(k / 4)
 
 
+def _smooth_max(a: Array, b: Array, k: float) -> Array:
+    return -_smooth_min(-a, -b, k)
+
+
 def _carve(a: Array, *others: tuple[Array, float]) -> Array:
     """Takes every `other`, grown by its gap, away from `a`."""
     for other, gap in others:
@@ -235,9 +239,9 @@ def _draw_shape(rng: np.random.Generator) -> dict[str, Any]:
         "vessel_factor": rng.uniform(0.92, 1.1),
         "rv_wall": rng.uniform(2.5, 3.5),
         "atrial_wall": rng.uniform(1.6, 2.3),
-        "trabeculae": rng.uniform(0.5, 1.3),
+        "trabeculae": rng.uniform(0.3, 0.8),
         "epicardial_fat": rng.uniform(2.5, 7.0),
-        "cardiac_dome": rng.uniform(-50.0, -46.0),
+        "cardiac_dome": rng.uniform(-39.0, -35.0),
     }
 
 
@@ -274,7 +278,7 @@ def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[st
     centre = LV_CENTRE_T * rows[0]
     r, length, wall = shape["lv_radius"], shape["lv_length"], shape["wall"]
     k = rng.normal(size=(10, 3))
-    k = k / np.linalg.norm(k, axis=1, keepdims=True) * (2 * np.pi / rng.uniform(10, 22, 10) / frame.scale)[:, None]
+    k = k / np.linalg.norm(k, axis=1, keepdims=True) * (2 * np.pi / rng.uniform(8, 18, 10) / frame.scale)[:, None]
     rough = np.float32(shape["trabeculae"] * 0.45) * sum(frame.waves(k, rng.uniform(0, 6.28, 10)))
     t = _dot(grid, (0, 0, 0), rows[0])
     base = (LV_BASE_T - t) * s
@@ -282,20 +286,20 @@ def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[st
     for angle in (2.2, 3.9):  # papillary muscles: ridges of the free wall
         foot = np.cos(angle) * rows[1] + np.sin(angle) * rows[2]
         line = np.array([20 * rows[0] + (0.72 * r) * foot, -4 * rows[0] + (0.80 * r) * foot])
-        endo = -_smooth_min(-endo, draw_tube(frame, frame.to_world(line), np.full(2, 4.5) * s), 3.0)
-    solid = np.maximum(_ellipsoid(grid, centre, rows, (length + 0.75 * wall, r + wall, r + wall)) * s, base)
+        endo = _smooth_max(endo, -draw_tube(frame, frame.to_world(line), np.full(2, 4.5) * s), 3.0)
+    solid = _smooth_max(_ellipsoid(grid, centre, rows, (length + 0.75 * wall, r + wall, r + wall)) * s, base, 9.0)
     ao = tube["aorta"]
     d: dict[str, Array] = {"aorta": ao}
-    d["left_ventricle"] = _carve(_smooth_min(np.maximum(endo + 0.7 * rough, base), tube["lv_outflow"], 3.0), (ao, 0.0))
+    d["left_ventricle"] = _carve(_smooth_min(_smooth_max(endo + 0.7 * rough, base, 7.0), tube["lv_outflow"], 3.0), (ao, 0.0))
     d["myocardium"] = _carve(solid, (d["left_ventricle"], 0.0), (ao, 0.0), (tube["lv_outflow"], 0.0))
     la = _smooth_min(_ellipsoid(grid, (46, -35, 29), np.eye(3), shape["la_radii"]) * s, tube["mitral"], 5.0)
     taken = [(ao, 1.8), (solid, 0.0), (d["left_ventricle"], 0.0), (tube["lv_outflow"], 1.0), (tube["oesophagus"], 1.5)]
     d["left_atrium"] = _carve(la, *taken)
     side = _dot(grid, VALVE_POINT, VALVE_NORMAL) * s
     others = [(ao, 2.0), (d["left_atrium"], 2.5), (tube["lv_outflow"], 2.5), (d["left_ventricle"], 2.5)]
-    ra = _smooth_min(_ellipsoid(grid, (67, 5, 8), np.eye(3), shape["ra_radii"]) * s, tube["svc"] + 2.0, 6.0)
-    ra = np.maximum(ra, _dot(grid, (0, 0, 44), (0, 0, 1)) * s)
-    d["right_atrium"] = _carve(np.maximum(ra + rough, side), *others, (solid, 1.0))
+    ra = _smooth_min(_ellipsoid(grid, (67, 5, 8), np.eye(3), shape["ra_radii"]) * s, tube["svc"], 5.0)
+    ra = np.maximum(ra, _dot(grid, (0, 0, 46), (0, 0, 1)) * s)
+    d["right_atrium"] = _carve(np.maximum(ra + 0.6 * rough, side), *others, (solid, 1.0))
     body = _ellipsoid(grid, (15, 27, -7), rows, shape["rv_radii"]) * s
     body = np.maximum(_smooth_min(body, tube["inlet"], 6.0), -side)
     rv = _smooth_min(body, tube["outflow"], 8.0)
@@ -307,8 +311,9 @@ def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[st
         pa, (ao, 2.2), (d["left_atrium"], 2.2), (d["right_ventricle"], 0.0), (tube["svc"], 2.0)
     )
     clear = [(d["pulmonary_artery"], 2.2), (ao, 2.2)]
+    room = [(d["pulmonary_artery"], 6.5), (ao, 8.0)]  # for the left main artery
     laa = np.minimum(tube["appendage"] + rough, tube["appendage"] + 2.5)
-    d["appendage"] = _carve(laa, *clear, (d["left_atrium"], 0.0), (solid, 2.5), (d["right_ventricle"], 3.0))
+    d["appendage"] = _carve(laa, *room, (d["left_atrium"], 0.0), (solid, 5.5), (d["right_ventricle"], 3.0))
     veins = [tube[n] for n in ("vein_rs", "vein_ri", "vein_ls", "vein_li")]
     gaps = [
         *clear,
@@ -394,9 +399,16 @@ def _coronary_curves(frame: Frame, shape: dict[str, Any], d: dict[str, Array], w
     rows = np.stack(_lv_frame(shape["axis"]))
     ts, front, below = _insertions(frame, shape, d["right_ventricle"])
 
-    def on_lv(t: float, phi: float) -> NDArray:
-        ray = np.stack([t * rows[0], t * rows[0] + 75 * (np.cos(phi) * rows[1] + np.sin(phi) * rows[2])])
-        return outside.first_exit(*frame.to_world(ray), off)
+    def on_lv(t: float, phi: float, turn: float = 0.0) -> NDArray:
+        """Point outside the left ventricle; turns away from whatever else covers it, by steps of `turn`."""
+        start = frame.to_world((t * rows[0])[None])[0]
+        for _ in range(9 if turn else 1):
+            ray = t * rows[0] + 75 * (np.cos(phi) * rows[1] + np.sin(phi) * rows[2])
+            p = outside.first_exit(start, frame.to_world(ray[None])[0], off)
+            if np.linalg.norm(p - start) < (shape["lv_radius"] + shape["wall"] + 4.0) * s + off:
+                break
+            phi += turn
+        return p
 
     def at(values: NDArray, t: float) -> float:
         return float(np.interp(t, ts, values))
@@ -418,7 +430,7 @@ def _coronary_curves(frame: Frame, shape: dict[str, Any], d: dict[str, Array], w
         return np.concatenate([[os - _unit(direction) * 1.0, os], outside.route(first, target, off)])
 
     lad_t = np.arange(-20.0, 34.0, 4.0)
-    lad = np.array([on_lv(t, at(front, t) + 0.12) for t in lad_t])
+    lad = np.array([on_lv(t, at(front, t) + 0.12 + rng.normal(0, 0.04), 0.1) for t in lad_t])
     left = outside.hug(np.concatenate([leave(left_os, left_dir, lad[0]), lad]), off, fixed=2)
     lm_length = float(np.clip(rng.normal(10.5, 2.0), 7, 14)) * s
     arc = np.r_[0, np.cumsum(np.linalg.norm(np.diff(left, axis=0), axis=1))]
@@ -437,7 +449,7 @@ def _coronary_curves(frame: Frame, shape: dict[str, Any], d: dict[str, Array], w
         ("RCA", outside.hug(rca, off, fixed=2), size * rng.normal(1.95, 0.15)),
     ]
     pda_t = np.arange(-20.0, rng.uniform(6, 18), 4.0)
-    pda = np.array([on_lv(t, at(below, t) - 0.1) for t in pda_t])
+    pda = np.array([on_lv(t, at(below, t) - 0.1 + rng.normal(0, 0.04), -0.1) for t in pda_t])
     side: list[tuple[str, str, float, NDArray]] = [("PDA", "RCA", 1.0, pda)]
     for n, t0 in enumerate((-10.0, 4.0)):
         phi = at(front, t0)
@@ -541,7 +553,7 @@ def _enforce(mask: NDArray[np.bool_], k: int) -> NDArray[np.bool_]:
 def _labels(frame: Frame, d: dict[str, Array], coronaries: NDArray[np.bool_]) -> NDArray[np.uint8]:
     label = np.zeros(frame.shape, np.uint8)
     for name, distance in d.items():
-        label[_enforce((distance < 0) & ~coronaries & (label == 0), LABELS[name])] = LABELS[name]
+        label[_enforce((distance <= 0) & ~coronaries & (label == 0), LABELS[name])] = LABELS[name]
     label[coronaries] = LABELS["coronaries"]
     for k, wanted in INTENDED_BETTI.items():
         if (found := betti_numbers(label == k)) != wanted:
@@ -557,9 +569,9 @@ def _thorax(
     x, y, z = grid
     hull = (np.sqrt(((x - 52) / 132) ** 2 + ((y + 16) / 84) ** 2) - 1) * 84 * s
     spine = np.array([58.0, -97.0, 0.0]) + rng.normal(0, 2, 3)
-    rib = np.abs((z + 0.55 * y + 0.1 * np.abs(x - 52) + rng.uniform(0, 27)) % 27 - 13.5) - 5.5
-    ribs = np.maximum(np.abs(hull + 3) - 3.2, np.where(np.abs(x - 52) > 20, rib * s, FAR)).astype(np.float32)
-    sternum = np.maximum(np.abs(x - 52) - 17, np.abs(y - 63) - 5.5) * s
+    rib = np.abs((z + 0.55 * y + 0.1 * np.abs(x - 52) + rng.uniform(0, 27)) % 27 - 13.5) * s
+    ribs = (np.hypot((hull + 3) / 3.2, np.where(np.abs(x - 52) > 20, rib / 5.5, 9)) - 1) * 3.2
+    sternum = ((((x - 52) / 17) ** 4 + ((y - 63) / 5.5) ** 4) ** 0.25 - 1) * 5.5 * s
     body = (np.sqrt((x - spine[0]) ** 2 + 1.25 * (y - spine[1]) ** 2) - 19 + 1.5 * np.cos(2 * np.pi * z / 28)) * s
     level = np.abs(z % 28 - 14) - 11.5
     dome = shape["cardiac_dome"] + 22 * np.exp(-(((x - 112) / 45) ** 2 + ((y + 25) / 55) ** 2))
@@ -589,48 +601,48 @@ def _thorax(
 
 
 def _lung_vessels(frame: Frame, curve: dict[str, NDArray], rng: np.random.Generator) -> Array:
-    """Random branching trees from the ends of the pulmonary veins and arteries into the lungs."""
-    out = np.full(frame.shape, FAR, np.float32)
-    s = frame.scale
+    """Random branching trees in the lungs: from the ends of pulmonary veins and arteries, and all around each hilum."""
+    out, s = np.full(frame.shape, FAR, np.float32), frame.scale
+    stack = []
     for name in ("vein_rs", "vein_ri", "vein_ls", "vein_li", "pulmonary_artery", "right_pulmonary_artery"):
         start, heading = curve[name][-1], _unit(curve[name][-1] - curve[name][-3])
-        stack = [(start, _unit(heading + rng.normal(0, 0.5, 3)), 3.6 * s, 20.0 * s, 0) for _ in range(2)]
-        while stack:
-            p, v, r, length, depth = stack.pop()
-            middle = p + 0.5 * length * v
-            end = middle + 0.5 * length * _unit(v + rng.normal(0, 0.25, 3))
-            draw_tube(frame, np.stack([p, middle, end]), np.array([r, 0.92 * r, 0.84 * r]), out=out, reach=2.0)
-            if depth < 5:
-                for ratio in (0.84, rng.uniform(0.55, 0.75)):
-                    turned = _unit(v + rng.normal(0, 0.45 / (0.4 + ratio), 3))
-                    stack.append((end, turned, ratio * r, length * rng.uniform(0.7, 0.95), depth + 1))
+        stack += [(start, _unit(heading + rng.normal(0, 0.6, 3)), 3.0 * s, 18.0 * s, 0) for _ in range(2)]
+    for hilum, outwards, count in (([98, -50, 45], [0.6, 0, 0], 8), ([-4, -52, 45], [-0.5, 0.1, 0], 22)):
+        for v in rng.normal(size=(count, 3)) * [0.7, 0.8, 1.2] + outwards:
+            v = _unit(v)
+            start = frame.to_world(np.asarray(hilum) + rng.uniform(4, 40) * v, rotated=False)[0]
+            stack.append((start, v, rng.uniform(1.6, 2.4) * s, 17.0 * s, 1))
+    while stack:
+        p, v, r, length, depth = stack.pop()
+        end = p + length * _unit(v + rng.normal(0, 0.15, 3))
+        draw_tube(frame, np.stack([p, end]), np.array([r, 0.85 * r]), out=out, reach=2.0)
+        if depth < 5:
+            for ratio in (0.84, rng.uniform(0.55, 0.75)):
+                turned = _unit(v + rng.normal(0, 0.45 / (0.4 + ratio), 3))
+                stack.append((end, turned, ratio * r, length * rng.uniform(0.7, 0.95), depth + 1))
     return out
 
 
-def _assemble(frame: Frame, grids: tuple, shape: dict, d: dict, wall: Array, tube: dict, curve: dict, rng) -> list:
-    """All layers from the back to the front as coverages."""
-    s = frame.scale
-    thorax = _thorax(frame, grids[1], shape, rng)
-    everything = np.minimum.reduce(
-        [wall, tube["svc"] - 2, tube["ivc"] - 2, tube["oesophagus"] - 1, tube["trachea"] - 2]
-    )
-    smooth = ndimage.gaussian_filter(np.clip(everything, -15, 25), 7.0 * s / frame.h)
-    midline = (np.sqrt(((grids[1][0] - 50) / 9) ** 2 + (np.maximum(np.abs(grids[1][1]) - 75, 0) / 9) ** 2) - 1) * 9 * s
-    midline = np.maximum(midline, (35 - np.abs(grids[1][1])) * s).astype(np.float32)
-    fat = _smooth_min(smooth - shape["epicardial_fat"] * s, midline, 14.0)
-    vessels = _lung_vessels(frame, curve, rng)
-    special = {"vessels": vessels, "mediastinum": fat}
-    out = [(name, _coverage(special.get(name, distance), frame.h)) for name, distance in thorax]
-    for name, distance in [
-        ("airway_wall", np.minimum(tube["trachea"], tube["bronchus"]) - 1.5 * s),
-        ("airway", np.minimum(tube["trachea"], tube["bronchus"])),
-        ("oesophagus", tube["oesophagus"]),
-        ("wall", wall),
-        ("svc", tube["svc"]),
-        ("ivc", tube["ivc"]),
-    ]:
-        out.append((name, _coverage(distance, frame.h)))
-    return out + [(name, _coverage(distance, frame.h)) for name, distance in d.items()]
+def _assemble(
+    frame: Frame, grids: tuple, shape: dict, d: dict, wall: Array, tube: dict, curve: dict, rng: np.random.Generator
+) -> list[dict[str, Array]]:
+    """All layers from the back to the front: coverages, of mutually exclusive tissues within a layer."""
+    s, (x, y, _), height = frame.scale, grids[1], grids[0][2]
+    airway = np.minimum(tube["trachea"], tube["bronchus"])
+    soft = np.minimum.reduce([wall, tube["svc"] - 2, tube["ivc"] - 2, tube["oesophagus"] - 1, airway - 2])
+    smooth = ndimage.gaussian_filter(np.clip(soft, -15, 25), 7.0 * s / frame.h)
+    midline = np.maximum(np.abs(x - 50) - 9, 35 - np.abs(y)) * np.float32(s)
+    special = {
+        "vessels": _lung_vessels(frame, curve, rng),
+        "mediastinum": _smooth_min(smooth - np.float32(shape["epicardial_fat"] * s), midline, 14.0),
+    }
+    front = [("airway_wall", airway - 1.5 * s), ("airway", airway), ("oesophagus", tube["oesophagus"]), ("wall", wall)]
+    behind = [(name, special.get(name, distance)) for name, distance in _thorax(frame, grids[1], shape, rng)] + front
+    layers = [{name: _coverage(distance, frame.h)} for name, distance in behind]
+    layers.append({name: _coverage(distance, frame.h) for name, distance in d.items()})
+    for name, ramp in (("svc", (height - 34) / 16), ("ivc", (-12 - height) / 16)):  # inflow mixes over 16 mm
+        layers.append({name: _coverage(tube[name], frame.h) * np.clip(ramp, 0, 1)})
+    return layers
 
 
 def build_anatomy(shape: tuple[int, int, int], spacing_mm: float, rng: np.random.Generator) -> Anatomy:
@@ -658,9 +670,9 @@ def build_anatomy(shape: tuple[int, int, int], spacing_mm: float, rng: np.random
     wall = np.minimum.reduce([solid, d["right_ventricle"] - measures["rv_wall"] * s, atria, vessels])
     curves, offset = _coronary_curves(frame, measures, d, wall, rng)
     coronaries, lumen, kept = _draw_coronaries(frame, curves, d["aorta"] < 0, np.minimum.reduce(list(d.values())) < 0)
-    label = _labels(frame, d, coronaries)
+    label = _labels(frame, d | {"myocardium": _carve(solid, (tube["lv_outflow"], 0.0))}, coronaries)
     layers = _assemble(frame, grids, measures, d, wall, tube, curve, rng)
-    layers.append(("coronaries", np.maximum(_coverage(lumen, spacing_mm), 0)))
+    layers.append({"coronaries": _coverage(lumen, spacing_mm)})
     blood = np.minimum.reduce([v for n, v in d.items() if n != "myocardium"])
     lengths = {n: float(np.linalg.norm(np.diff(p, axis=0), axis=1).sum()) for n, p, _ in curves}
     parameters = frame.parameters | measures | {"coronaries": kept, "coronary_length_mm": lengths}

@@ -1,0 +1,145 @@
+"""Layer 2: rendering whole volumes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer
+from tqdm import tqdm
+
+from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.schedulers import ListedDDIMScheduler
+
+_PRIOR = CONTEXT_CHANNELS.index("prior_hu")
+
+
+def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
+    """Standard normal noise of one case: depends on seed, case name and shape alone, not on batch, order, rank or device."""
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(case.encode()))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
+    """Overlapping windows that cover a volume; starts are even, so that all windows share one Haar grid.
+
+    Args:
+        size: (H, W, D) of the volume.
+        roi_size: (H, W, D) of a window, even; an axis shorter than the window is covered by one shorter window.
+        overlap: fraction of a window shared with the next, in [0, 1).
+    """
+    roi = [min(r, n + n % 2) for r, n in zip(roi_size, size, strict=True)]
+    interval = [max(2, int(r * (1 - overlap)) // 2 * 2) for r in roi]
+    even = [n + n % 2 for n in size]
+    slices = dense_patch_slices(even, roi, interval)
+    return [tuple(slice(s.start, min(s.stop, n)) for s, n in zip(window, size, strict=True)) for window in slices]
+
+
+def blended(
+    predict: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor, windows: Sequence[tuple[slice, ...]]
+) -> torch.Tensor:
+    """Average of overlapping window predictions, Gaussian-weighted towards window centres.
+
+    Args:
+        predict: (window of x, index of the window) -> prediction of the same shape.
+        x: (B, 1, H, W, D).
+        windows: slices covering the volume; a single window is predicted as it is.
+    """
+    if len(windows) == 1:
+        return predict(x, 0)
+    total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
+    for index, window in enumerate(windows):
+        part = predict(x[(..., *window)], index)
+        importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=x.device)
+        importance = importance.clamp(min=1e-3)
+        total[(..., *window)] += importance * part
+        weight[(..., *window)] += importance
+    return total / weight
+
+
+class StructDiffInferer(Inferer):
+    """Render HU volumes from contexts by DDIM; large volumes by windows blended at every step, so without seams.
+
+    Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded conditions.
+
+    Args:
+        scheduler: explicit sampling times.
+        residual_scale_hu: HU of one unit of the diffused residual; the value used in training.
+        roi_size: window; None renders the whole volume at once.
+        overlap: fraction of a window shared with the next.
+        seed: with the case name, the only source of randomness.
+        hu_range: limits of the result.
+        cached_windows: encoded conditions kept over the steps; further windows are encoded anew at each step.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: when a window size is not a positive even number or `overlap` is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        scheduler: ListedDDIMScheduler,
+        *,
+        residual_scale_hu: float,
+        roi_size: Sequence[int] | None = None,
+        overlap: float = 0.4,
+        seed: int = 0,
+        hu_range: Sequence[float] = (-1024.0, 3071.0),
+        cached_windows: int = 64,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if roi_size is not None and any(n < 2 or n % 2 for n in roi_size):
+            raise ValueError(f"roi_size: windows must have positive even sizes, got {list(roi_size)}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap: must be in [0, 1), got {overlap}")
+        self.scheduler, self.residual_scale_hu, self.roi_size = scheduler, residual_scale_hu, roi_size
+        self.overlap, self.seed, self.hu_range = overlap, seed, hu_range
+        self.cached_windows, self.progress = cached_windows, progress
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str]
+    ) -> torch.Tensor:
+        """Render a batch.
+
+        Args:
+            inputs: context (B, 5, H, W, D).
+            network: in evaluation mode.
+            cases: name of every sample, which fixes its noise.
+
+        Returns:
+            (B, 1, H, W, D) HU.
+
+        Raises:
+            ValueError: when there is not one name per sample.
+        """
+        if len(cases) != len(inputs):
+            raise ValueError(f"cases: one name for each of the {len(inputs)} samples is needed, got {len(cases)}")
+        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        size = tuple(context.shape[2:])
+        noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
+        windows = windows_of(size, self.roi_size or size, self.overlap)
+        residual = self._denoise(noise, context, network, windows)
+        return (residual * self.residual_scale_hu + context[:, _PRIOR : _PRIOR + 1]).clamp(*self.hu_range)
+
+    def _denoise(
+        self, x: torch.Tensor, context: torch.Tensor, network: StructDiffUNet, windows: Sequence[tuple[slice, ...]]
+    ) -> torch.Tensor:
+        cache: dict[int, Condition] = {}
+
+        def condition(index: int) -> Condition:
+            if index in cache:
+                return cache[index]
+            encoded = network.encode(context[(..., *windows[index])])
+            if len(cache) < self.cached_windows:
+                cache[index] = encoded
+            return encoded
+
+        for t in tqdm(self.scheduler.timesteps.tolist(), desc="rendering", disable=not self.progress, leave=False):
+            timesteps = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+            velocity = blended(lambda part, i, ts=timesteps: network.denoise(part, ts, condition(i)), x, windows)
+            x, _ = self.scheduler.step(velocity, t, x)
+        return x

@@ -1,0 +1,119 @@
+"""Layer 1: how good a rendered volume is, measured in the image, given the mask it must show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.metrics import CumulativeIterationMetric
+from scipy import ndimage
+
+from custom.template import label_statistics, noise_sd
+from custom.topology import cl_dice
+
+_CUBE = np.ones((3, 3, 3), dtype=bool)
+
+
+def label_mean_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Mean over labels of |difference of label means| in HU; NaN when none of the labels has 8 voxels."""
+    size = max(int(label.max()), *labels) + 1
+    means = [label_statistics(torch.from_numpy(v), torch.from_numpy(label), size)[:, 0] for v in (rendered, truth)]
+    difference = (means[0] - means[1]).abs()[list(labels)]
+    return float(difference.nanmean())
+
+
+def grain_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Noise SD inside the labels, rendered over true; NaN when the truth has none."""
+    inside = ndimage.binary_erosion(np.isin(label, labels), _CUBE)
+    reference = noise_sd(truth, inside)
+    return noise_sd(rendered, inside) / reference if reference > 0 else float("nan")
+
+
+def _surroundings(label: np.ndarray, labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mask of the vessels, and of unlabelled voxels 2 to 3 voxels away from them."""
+    vessel = np.isin(label, labels)
+    near = ndimage.binary_dilation(vessel, _CUBE)
+    ring = ndimage.binary_dilation(vessel, _CUBE, iterations=3) & ~near & (label == 0)
+    return vessel, ring
+
+
+def vessel_contrast(image: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Mean HU of the vessels over that of their unlabelled surroundings (2 to 3 voxels away); NaN when either is empty."""
+    vessel, ring = _surroundings(label, labels)
+    return float(image[vessel].mean() - image[ring].mean()) if vessel.any() and ring.any() else float("nan")
+
+
+def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Vessel contrast of the rendered image over that of the true one."""
+    return vessel_contrast(rendered, label, labels) / vessel_contrast(truth, label, labels)
+
+
+def vessel_cl_dice(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """clDice between the vessel mask and what a threshold finds in the rendered image.
+
+    The threshold lies half-way between the true vessel and its surroundings; only unlabelled voxels within 3 voxels of the
+    vessel, and the vessel, are searched. NaN without vessel or surroundings.
+    """
+    vessel, ring = _surroundings(label, labels)
+    if not vessel.any() or not ring.any():
+        return float("nan")
+    threshold = (truth[vessel].mean() + truth[ring].mean()) / 2
+    search = ndimage.binary_dilation(vessel, _CUBE, iterations=3) & (vessel | (label == 0))
+    return cl_dice((rendered > threshold) & search, vessel)
+
+
+def mean_absolute_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Mean |difference| in HU over the voxels of the labels (0 is the background); NaN when they are absent."""
+    inside = np.isin(label, labels)
+    return float(np.abs(rendered[inside] - truth[inside]).mean()) if inside.any() else float("nan")
+
+
+def texture_correlation(image: np.ndarray, other: np.ndarray, inside: np.ndarray) -> float:
+    """Correlation of the fine texture (image minus its Gaussian of one voxel) of two volumes; a test for copying."""
+    fine = [(v - ndimage.gaussian_filter(v.astype(np.float32), 1.0))[inside] for v in (image, other)]
+    return float(np.corrcoef(*fine)[0, 1])
+
+
+MEASURES = {
+    measure.__name__: measure
+    for measure in (
+        label_mean_error,
+        grain_ratio,
+        vessel_contrast_ratio,
+        vessel_cl_dice,
+        mean_absolute_error,
+    )
+}
+
+
+class RenderingMetric(CumulativeIterationMetric):
+    """One measure of rendered volumes, cumulated over cases; the aggregate is the mean over cases where it is defined.
+
+    Args:
+        measure: a name of MEASURES.
+        labels: label ids it looks at.
+        sign: -1 turns an error into a score, for handlers that keep the largest value.
+
+    Raises:
+        ValueError: on an unknown measure.
+    """
+
+    def __init__(self, measure: str, labels: Sequence[int], sign: float = 1.0) -> None:
+        super().__init__()
+        if measure not in MEASURES:
+            raise ValueError(f"measure: must be one of {sorted(MEASURES)}, got {measure!r}")
+        self.measure, self.labels, self.sign = MEASURES[measure], list(labels), sign
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """(B, 1, H, W, D) rendered HU against (B, 2, H, W, D) true HU and label -> (B, 1)."""
+        if y is None or y.shape[1] != 2:
+            raise ValueError("y: must be (B, 2, H, W, D), true image and label")
+        values = []
+        for rendered, truth in zip(y_pred.cpu().float().numpy(), y.cpu().float().numpy(), strict=True):
+            values.append(self.measure(rendered[0], truth[0], truth[1].round().astype(np.int64), self.labels))
+        return self.sign * torch.tensor(values, dtype=torch.float32)[:, None]
+
+    def aggregate(self) -> torch.Tensor:  # type: ignore[override]
+        """Mean over cases, NaN cases left out; scalar."""
+        return torch.as_tensor(self.get_buffer()).nanmean()

@@ -1,0 +1,298 @@
+"""Layer 1: the StructDiff network, a template-guided diffusion U-Net computed on Haar-packed volumes.
+
+Independent implementation from the abstract of StructDiff (arXiv 2503.09560); the formulas are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+from torch.nn import functional as F
+
+from custom.diffusion import amplitudes, haar_pack, haar_unpack, pad_to_multiple, precondition
+from custom.diffusion import space_to_depth as pack_blocks
+
+CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu")
+"""Channels of `context`, in order. A dropped label map is -1 everywhere, a dropped template image is 0."""
+
+MODES = ("template", "mask_only", "unconditional")
+REGIONS = ("soft_background", "lung", "interior", "edge")
+_LUNG_BELOW_HU = -400.0
+_HU_UNIT = 500.0
+
+
+class Condition(NamedTuple):
+    """What does not depend on time: encoded once per volume (or window), used at every step.
+
+    Attributes:
+        features: (B, C, h, w, d) on the packed grid.
+        sigma: (B, 8, h, w, d) standard deviation of the packed residual.
+    """
+
+    features: torch.Tensor
+    sigma: torch.Tensor
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is native to the device; emulated bf16 is 3 to 4 times slower than fp32 (benchmarks/cost.py)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """(B, 1, H, W, D) label ids -> (B, 8 num_labels, H/2, W/2, D/2) packed one-hot; ids outside the range give zeros."""
+    ids = torch.arange(num_labels, device=label.device).view(1, -1, 1, 1, 1)
+    return pack_blocks((label.round() == ids).float())
+
+
+def _on_boundary(label: torch.Tensor) -> torch.Tensor:
+    """1 where a voxel of (B, 1, H, W, D) or a face neighbour of it has another label, else 0; float."""
+    boundary = torch.zeros_like(label)
+    for axis in (2, 3, 4):
+        size = label.shape[axis] - 1
+        differs = (label.narrow(axis, 1, size) != label.narrow(axis, 0, size)).to(label.dtype)
+        boundary.narrow(axis, 1, size).add_(differs)
+        boundary.narrow(axis, 0, size).add_(differs)
+    return boundary
+
+
+def residual_regions(target_label: torch.Tensor, prior_hu: torch.Tensor) -> torch.Tensor:
+    """Region index (see REGIONS) of every packed voxel (ours).
+
+    The residual is small and noise-like inside a label, large where labels meet (partial volume), different again in the
+    background, whose prior is a warped image: soft tissue or lung.
+
+    Args:
+        target_label, prior_hu: (B, 1, H, W, D).
+
+    Returns:
+        (B, h, w, d) int64.
+    """
+    edge = F.max_pool3d(_on_boundary(target_label), 2) > 0
+    interior = F.max_pool3d(target_label, 2) > 0
+    lung = F.avg_pool3d(prior_hu, 2) < _LUNG_BELOW_HU
+    region = torch.where(edge, 3, torch.where(interior, 2, torch.where(lung, 1, 0)))
+    return region[:, 0]
+
+
+def context_modes(context: torch.Tensor) -> torch.Tensor:
+    """(B,) index into MODES, read from which label maps were dropped (-1)."""
+    no_target = context[:, 0].flatten(1).amax(1) < 0
+    no_template = context[:, 2].flatten(1).amax(1) < 0
+    return torch.where(no_target, 2, torch.where(no_template, 1, 0))
+
+
+class CorrespondenceAttention(nn.Module):
+    """Appearance of the target from the template by attention between their masks (ours, after the abstract).
+
+    "Explicit knowledge of mask-to-image correspondence": queries come from the target mask, keys from the template mask,
+    values from the template image. The same affinity read the other way round gives the reverse direction, which the loss
+    uses ("bidirectional"). Works on a grid of 1/8 of the voxel resolution, where the whole volume fits in one attention.
+
+    Args:
+        num_labels: label ids 0 to num_labels - 1.
+        channels: width of queries, keys, values and of the output.
+    """
+
+    stride = 8
+
+    def __init__(self, num_labels: int, channels: int) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+        self.mask_encoder = nn.Sequential(
+            nn.Conv3d(num_labels + 3, channels, 3, padding=1), nn.SiLU(), nn.Conv3d(channels, channels, 1)
+        )
+        self.image_encoder = nn.Sequential(nn.Conv3d(8, channels, 3, padding=1), nn.SiLU(), nn.Conv3d(channels, channels, 1))
+
+    def _mask_tokens(self, label: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(self.num_labels, device=label.device).view(1, -1, 1, 1, 1)
+        fractions = F.avg_pool3d((label.round() == ids).float(), self.stride)
+        axes = [torch.linspace(-1, 1, n, device=label.device) for n in fractions.shape[2:]]
+        position = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(label), -1, -1, -1, -1)
+        return self.mask_encoder(torch.cat([fractions, position], 1)).flatten(2).transpose(1, 2)
+
+    def affinity(self, context: torch.Tensor) -> torch.Tensor:
+        """Scaled logits (B, target tokens, template tokens) of a context with every size divisible by 8."""
+        query, key = self._mask_tokens(context[:, :1]), self._mask_tokens(context[:, 2:3])
+        return query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+
+    @staticmethod
+    def coarse(image_hu: torch.Tensor) -> torch.Tensor:
+        """(B, 1, H, W, D) HU -> (B, 8, H/8, W/8, D/8) scaled block means."""
+        return pack_blocks(F.avg_pool3d(image_hu / _HU_UNIT, CorrespondenceAttention.stride // 2))
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        """(B, 5, H, W, D) context, sizes divisible by 8 -> (B, channels, H/2, W/2, D/2) attended features."""
+        image = self.image_encoder(self.coarse(context[:, 1:2]))
+        attended = self.affinity(context).softmax(-1) @ image.flatten(2).transpose(1, 2)
+        attended = attended.transpose(1, 2).reshape(image.shape)
+        return F.interpolate(attended, scale_factor=self.stride // 2, mode="trilinear", align_corners=False)
+
+    def consistency(self, context: torch.Tensor, target_image_hu: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of carrying coarse intensities along the affinity, template to target and back; scalar."""
+        logits = self.affinity(context)
+        template = self.coarse(context[:, 1:2]).flatten(2).transpose(1, 2)
+        target = self.coarse(target_image_hu).flatten(2).transpose(1, 2)
+        forth = F.mse_loss(logits.softmax(-1) @ template, target)
+        return forth + F.mse_loss(logits.transpose(1, 2).softmax(-1) @ target, template)
+
+
+class StructDiffUNet(nn.Module):
+    """Predicts the velocity of the scaled residual (image - prior) / scale of a CT volume, guided by mask and template.
+
+    Voxels in, voxels out; inside, MONAI's `DiffusionModelUNet` runs on the Haar-packed grid with analytic preconditioning.
+    Until :meth:`set_residual_sigma` is called, sigma is 1 everywhere, which is plain v-prediction.
+
+    Args:
+        num_labels: label ids 0 to num_labels - 1, background included.
+        channels: channels of each U-Net level.
+        num_res_blocks: residual blocks of each level.
+        condition_channels: width of the encoded condition.
+        correspondence_channels: width of the correspondence attention; 0 leaves it out.
+        norm_num_groups: groups of every group norm; divides all `channels`.
+        num_train_timesteps: length of the cosine training schedule.
+        amp: bf16 autocast inside the network; None switches it on where the device has native bf16.
+
+    Raises:
+        ValueError: when `num_labels` is below 2.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_labels: int,
+        channels: Sequence[int] = (32, 64, 96),
+        num_res_blocks: int = 1,
+        condition_channels: int = 24,
+        correspondence_channels: int = 0,
+        norm_num_groups: int = 8,
+        num_train_timesteps: int = 1000,
+        amp: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"num_labels: background and at least one label are needed, got {num_labels}")
+        self.num_labels, self.amp = num_labels, amp
+        self.size_multiple = max(2 ** len(channels), CorrespondenceAttention.stride if correspondence_channels else 2)
+        self.condition_encoder = nn.Sequential(
+            nn.Conv3d(8 * (2 * num_labels + 3), condition_channels, 1),
+            nn.SiLU(),
+            nn.Conv3d(condition_channels, condition_channels, 3, padding=1),
+        )
+        self.correspondence = (
+            CorrespondenceAttention(num_labels, correspondence_channels) if correspondence_channels else None
+        )
+        self.unet = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=8 + condition_channels + correspondence_channels,
+            out_channels=8,
+            channels=tuple(channels),
+            num_res_blocks=num_res_blocks,
+            attention_levels=(False,) * len(channels),
+            norm_num_groups=norm_num_groups,
+        )
+        schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
+        self.register_buffer("residual_sigma", torch.ones(len(MODES), len(REGIONS), 8))
+        self.alphas_cumprod: torch.Tensor
+        self.residual_sigma: torch.Tensor
+
+    def set_residual_sigma(self, sigma: torch.Tensor) -> None:
+        """Set the measured standard deviations of the packed residual.
+
+        Args:
+            sigma: (modes, regions, 8), in units of the scaled residual, > 0.
+
+        Raises:
+            ValueError: on another shape or values that are not finite and positive.
+        """
+        if sigma.shape != self.residual_sigma.shape or not bool((sigma.isfinite() & (sigma > 0)).all()):
+            raise ValueError(
+                f"sigma: must be finite, positive and shaped {tuple(self.residual_sigma.shape)}, got {tuple(sigma.shape)}"
+            )
+        self.residual_sigma.copy_(sigma)
+
+    def _check(self, context: torch.Tensor) -> None:
+        if context.ndim != 5 or context.shape[1] != len(CONTEXT_CHANNELS):
+            raise ValueError(
+                f"context: must be (B, {len(CONTEXT_CHANNELS)}, H, W, D) with channels {CONTEXT_CHANNELS}, "
+                f"got {tuple(context.shape)}"
+            )
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        enabled = native_bf16(device) if self.amp is None else self.amp
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+    def sigma_map(self, context: torch.Tensor) -> torch.Tensor:
+        """(B, 8, h, w, d) standard deviation of the packed residual of a context of even sizes."""
+        region = residual_regions(context[:, :1], context[:, 3:4])
+        table = self.residual_sigma[context_modes(context)]
+        rows = torch.arange(len(context), device=context.device).view(-1, 1, 1, 1)
+        return table[rows, region].permute(0, 4, 1, 2, 3)
+
+    def encode(self, context: torch.Tensor) -> Condition:
+        """Encode what does not depend on time.
+
+        Args:
+            context: (B, 5, H, W, D), channels as in CONTEXT_CHANNELS; labels as ids, images in HU; any size.
+
+        Returns:
+            the condition on the padded packed grid.
+
+        Raises:
+            ValueError: on another number of axes or channels.
+        """
+        self._check(context)
+        context = pad_to_multiple(context.float(), self.size_multiple)
+        sigma = self.sigma_map(context)
+        with self._autocast(context.device):
+            inputs = [
+                one_hot_blocks(context[:, :1], self.num_labels),
+                one_hot_blocks(context[:, 2:3], self.num_labels),
+                haar_pack(context[:, [1, 3, 4]] / _HU_UNIT),
+            ]
+            features = self.condition_encoder(torch.cat(inputs, 1))
+            if self.correspondence is not None:
+                features = torch.cat([features, self.correspondence(context)], 1)
+        return Condition(features.float(), sigma)
+
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Velocity of the noisy scaled residual x (B, 1, H, W, D) at timesteps (B,), given an encoded condition."""
+        packed = haar_pack(pad_to_multiple(x.float(), self.size_multiple))
+        a, s = amplitudes(self.alphas_cumprod, timesteps, packed.ndim)
+        c_in, c_skip, c_out = precondition(a, s, condition.sigma)
+        with self._autocast(x.device):
+            residual = self.unet(torch.cat([c_in * packed, condition.features], 1), timesteps)
+        velocity = haar_unpack(c_skip * packed + c_out * residual.float())
+        return velocity[(..., *(slice(n) for n in x.shape[2:]))]
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            x: (B, 1, H, W, D) noisy scaled residual, any size.
+            timesteps: (B,) int64.
+            context: (B, 5, H, W, D), see :meth:`encode`.
+
+        Returns:
+            (B, 1, H, W, D) velocity a eps - s x0.
+
+        Raises:
+            ValueError: when x and context differ in batch or spatial size, or the context is malformed.
+        """
+        if x.shape[2:] != context.shape[2:] or len(x) != len(context):
+            raise ValueError(f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree")
+        return self.denoise(x, timesteps, self.encode(context))
+
+
+def output_scale(network: StructDiffUNet, context: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """c_out of a network, (B, 8, h, w, d): the loss divides the velocity error by it, so every band and region counts alike."""
+    sigma = network.sigma_map(pad_to_multiple(context.float(), network.size_multiple))
+    a, s = amplitudes(network.alphas_cumprod, timesteps, sigma.ndim)
+    return precondition(a, s, sigma)[2]
