@@ -63,7 +63,8 @@ TUBES: dict[str, tuple[list[list[float]], list[float]]] = {
     "lv_outflow": ([[20, 0, 8], [32, 3, 17], [40, 5, 26]], [13.0, 12.0, 11.0]),
     "inlet": ([[50, 16, 1], [34, 24, -6], [12, 30, -14]], [20.0, 20.0, 18.0]),
     "mitral": ([[44, -33, 27], [30, -24, 17], [22, -19, 12]], [22.0, 18.0, 16.0]),
-    "appendage": ([[32, -30, 42], [20, -32, 49], [10, -24, 49], [6, -12, 44]], [8.0, 7.5, 7.5, 5.0]),
+    "appendage": ([[32, -32, 44], [20, -36, 51], [10, -31, 55], [7, -19, 55]], [9.0, 8.5, 8.5, 6.0]),
+    "circumflex_room": ([[20, 5, 41], [12, -3, 43], [5, -13, 43], [-1, -23, 38]], [3.0, 3.0, 3.0, 3.0]),
     "vein_rs": ([[62, -38, 40], [80, -46, 48], [98, -52, 57], [112, -54, 66]], [8.0, 7.0, 5.5, 4.5]),
     "vein_ri": ([[62, -44, 24], [78, -56, 16], [94, -64, 6], [106, -70, -4]], [8.0, 7.0, 5.5, 4.5]),
     "vein_ls": ([[30, -42, 42], [12, -52, 52], [-6, -56, 58], [-22, -52, 64]], [7.5, 6.5, 5.0, 4.0]),
@@ -290,7 +291,9 @@ def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[st
     solid = _smooth_max(_ellipsoid(grid, centre, rows, (length + 0.75 * wall, r + wall, r + wall)) * s, base, 9.0)
     ao = tube["aorta"]
     d: dict[str, Array] = {"aorta": ao}
-    d["left_ventricle"] = _carve(_smooth_min(_smooth_max(endo + 0.7 * rough, base, 7.0), tube["lv_outflow"], 3.0), (ao, 0.0))
+    d["left_ventricle"] = _carve(
+        _smooth_min(_smooth_max(endo + 0.7 * rough, base, 7.0), tube["lv_outflow"], 3.0), (ao, 0.0)
+    )
     d["myocardium"] = _carve(solid, (d["left_ventricle"], 0.0), (ao, 0.0), (tube["lv_outflow"], 0.0))
     la = _smooth_min(_ellipsoid(grid, (46, -35, 29), np.eye(3), shape["la_radii"]) * s, tube["mitral"], 5.0)
     taken = [(ao, 1.8), (solid, 0.0), (d["left_ventricle"], 0.0), (tube["lv_outflow"], 1.0), (tube["oesophagus"], 1.5)]
@@ -311,7 +314,7 @@ def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[st
         pa, (ao, 2.2), (d["left_atrium"], 2.2), (d["right_ventricle"], 0.0), (tube["svc"], 2.0)
     )
     clear = [(d["pulmonary_artery"], 2.2), (ao, 2.2)]
-    room = [(d["pulmonary_artery"], 6.5), (ao, 8.0)]  # for the left main artery
+    room = [(d["pulmonary_artery"], 2.5), (ao, 8.0), (tube["circumflex_room"], 3.5)]
     laa = np.minimum(tube["appendage"] + rough, tube["appendage"] + 2.5)
     d["appendage"] = _carve(laa, *room, (d["left_atrium"], 0.0), (solid, 5.5), (d["right_ventricle"], 3.0))
     veins = [tube[n] for n in ("vein_rs", "vein_ri", "vein_ls", "vein_li")]
@@ -355,6 +358,8 @@ class _Outside:
         d = self.distance[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))]
         cost = 1.0 + 0.1 * (d - offset_mm) ** 2 + 40.0 * (d < 0.5 * offset_mm)
         path, _ = route_through_array(cost, i - lo, j - lo, fully_connected=True, geometric=True)
+        if len(path) > 1.5 * np.abs(i - j).max() + 8:
+            raise TopologyError("a coronary artery finds no direct way over the heart")
         return (np.asarray(path) + lo - (np.array(self.frame.shape) - 1) / 2) * self.frame.h
 
     def hug(self, curve: NDArray, offset_mm: float, *, fixed: int = 1) -> NDArray[np.float64]:
@@ -391,103 +396,139 @@ def _insertions(frame: Frame, shape: dict[str, Any], rv: Array) -> tuple[NDArray
     return ts, fit[0], fit[1]
 
 
-def _coronary_curves(frame: Frame, shape: dict[str, Any], d: dict[str, Array], wall: Array, rng: np.random.Generator):
-    """World centrelines and radii of both trees: list of (name, points, radii), a parent before its branches."""
-    s = frame.scale
-    size = np.sqrt(s) * rng.uniform(0.92, 1.06)
-    outside, off = _Outside(frame, wall), 1.9 * size + 0.6
-    rows = np.stack(_lv_frame(shape["axis"]))
-    ts, front, below = _insertions(frame, shape, d["right_ventricle"])
+class _Survey:
+    """Places on the heart where coronary arteries run, found by rays that leave it."""
 
-    def on_lv(t: float, phi: float, turn: float = 0.0) -> NDArray:
+    def __init__(
+        self, frame: Frame, shape: dict[str, Any], rv: Array, wall: Array, offset_mm: float, rng: np.random.Generator
+    ) -> None:
+        self.frame, self.shape, self.rng, self.offset = frame, shape, rng, offset_mm
+        self.outside = _Outside(frame, wall)
+        self.rows = np.stack(_lv_frame(shape["axis"]))
+        self.t, self.front, self.below = _insertions(frame, shape, rv)
+
+    def on_lv(self, t: float, phi: float, turn: float = 0.0) -> NDArray[np.float64]:
         """Point outside the left ventricle; turns away from whatever else covers it, by steps of `turn`."""
-        start = frame.to_world((t * rows[0])[None])[0]
+        a, e1, e2 = self.rows
+        start = self.frame.to_world(t * a)[0]
+        near = (self.shape["lv_radius"] + self.shape["wall"] + 4.0) * self.frame.scale + self.offset
         for _ in range(9 if turn else 1):
-            ray = t * rows[0] + 75 * (np.cos(phi) * rows[1] + np.sin(phi) * rows[2])
-            p = outside.first_exit(start, frame.to_world(ray[None])[0], off)
-            if np.linalg.norm(p - start) < (shape["lv_radius"] + shape["wall"] + 4.0) * s + off:
+            end = self.frame.to_world(t * a + 75 * (np.cos(phi) * e1 + np.sin(phi) * e2))[0]
+            p = self.outside.first_exit(start, end, self.offset)
+            if np.linalg.norm(p - start) < near:
                 break
             phi += turn
         return p
 
-    def at(values: NDArray, t: float) -> float:
-        return float(np.interp(t, ts, values))
+    def groove(self, values: NDArray, depths: NDArray, turn: float) -> NDArray[np.float64]:
+        """Interventricular groove, in front or below, wriggling a little to the left ventricle's side of it."""
+        phi = np.interp(depths, self.t, values) + 1.1 * turn + self.rng.normal(0, 0.04, len(depths))
+        return np.array([self.on_lv(t, p, turn) for t, p in zip(depths, phi, strict=True)])
 
-    def on_ring(phi: float) -> NDArray:
+    def on_ring(self, phi: float) -> NDArray[np.float64]:
         """Point of the right atrioventricular groove; phi = 0 right and in front, pi / 2 below, pi behind."""
-        u = _unit(np.array([0.55, 0.83, 0.0]) - (np.array([0.55, 0.83, 0.0]) @ VALVE_NORMAL) * VALVE_NORMAL)
+        right = np.array([0.55, 0.83, 0.0])
+        u = _unit(right - (right @ VALVE_NORMAL) * VALVE_NORMAL)
         v = np.cross(VALVE_NORMAL, u)
         v = v * -np.sign(v[2])
         ray = np.stack([VALVE_POINT, VALVE_POINT + 80 * (np.cos(phi) * u + np.sin(phi) * v)])
-        return outside.first_exit(*frame.to_world(ray), off)
+        return self.outside.first_exit(*self.frame.to_world(ray), self.offset)
 
-    root = frame.to_world([[42.5, 5, 33]])[0]
-    left_dir, right_dir = frame.to_world([[20, 2, 36], [46, 32, 36]]) - root
-    left_os, right_os = (root + _unit(v) * (15.0 * shape["aorta_factor"] * s) for v in (left_dir, right_dir))
+    def leave_aorta(self, towards: list[float], target: NDArray) -> NDArray[np.float64]:
+        """From inside the aortic sinus through its wall and over the surface to the target."""
+        root, far = self.frame.to_world([[42.5, 5, 33], towards])
+        v = _unit(far - root)
+        ostium = root + v * 15.0 * self.shape["aorta_factor"] * self.frame.scale
+        path = self.outside.route(ostium + v * (self.offset + 0.8), target, self.offset)
+        return np.concatenate([[ostium - v, ostium], path])
 
-    def leave(os: NDArray, direction: NDArray, target: NDArray) -> NDArray:
-        first = os + _unit(direction) * (off + 0.8)
-        return np.concatenate([[os - _unit(direction) * 1.0, os], outside.route(first, target, off)])
+    def over_rv(self, start: NDArray) -> NDArray[np.float64]:
+        """Over the free wall of the right ventricle, from the groove towards the apex."""
+        apex = self.frame.to_world(34 * self.rows[0] + 26 * self.rows[1])[0]
+        core = self.frame.to_world([22, 26, -8])[0]
+        line = start + np.linspace(0.12, 0.75, 8)[:, None] * (apex - start)
+        rays = [(core + 0.3 * (p - core), core + 2.5 * (p - core)) for p in line]
+        return np.array([self.outside.first_exit(a, b, self.offset) for a, b in rays])
 
-    lad_t = np.arange(-20.0, 34.0, 4.0)
-    lad = np.array([on_lv(t, at(front, t) + 0.12 + rng.normal(0, 0.04), 0.1) for t in lad_t])
-    left = outside.hug(np.concatenate([leave(left_os, left_dir, lad[0]), lad]), off, fixed=2)
-    lm_length = float(np.clip(rng.normal(10.5, 2.0), 7, 14)) * s
+
+# World lengths per scale that a main artery must have; what lies outside took a detour or broke off.
+LENGTHS_MM = {"LAD": (66.0, 135.0), "LCX": (45.0, 125.0), "RCA": (85.0, 190.0)}
+
+Branch = tuple[str, NDArray[np.float64], NDArray[np.float64]]
+
+
+def _coronary_curves(survey: _Survey, size: float, rng: np.random.Generator) -> list[Branch]:
+    """World centrelines and radii (mm) of both trees: (name, points, radii), a parent before its branches."""
+    s, off, hug = survey.frame.scale, survey.offset, survey.outside.hug
+    lad = _steady(survey.groove(survey.front, np.arange(-20.0, 43.0, 4.0), 0.1), 15 * s)
+    left = hug(np.concatenate([survey.leave_aorta([20, 2, 36], lad[0]), lad]), off, fixed=2)
     arc = np.r_[0, np.cumsum(np.linalg.norm(np.diff(left, axis=0), axis=1))]
-    split = int(np.searchsorted(arc, lm_length + 1.0))
-    phi_0 = at(front, -24)
-    lcx_phi = phi_0 + np.linspace(0.6, rng.uniform(2.3, 2.9), 7)
-    lcx = np.array([on_lv(t, p) for t, p in zip(np.linspace(-27, -30, 7), lcx_phi, strict=True)])
-    lcx = np.concatenate([left[split - 1 : split + 1], outside.route(left[split], lcx[0], off), lcx])
-    rca = np.array([on_ring(p) for p in np.linspace(-0.9, 2.5, 12)])
-    rca = np.concatenate([leave(right_os, right_dir, rca[0]), rca])
+    split = min(int(np.searchsorted(arc, np.clip(rng.normal(10.5, 2.0), 7, 14) * s + 1.0)), len(left) - 1)
+    phi = np.interp(-24, survey.t, survey.front) + np.linspace(0.6, rng.uniform(2.3, 2.9), 7)
+    ring = np.array([survey.on_lv(t, p) for t, p in zip(np.linspace(-27, -30, 7), phi, strict=True)])
+    lcx = np.concatenate([left[split - 1 : split + 1], survey.outside.route(left[split], ring[0], off), ring])
+    rca = np.array([survey.on_ring(p) for p in np.linspace(-0.9, 2.5, 12)])
+    rca = np.concatenate([survey.leave_aorta([46, 32, 36], rca[0]), rca])
+    curves = {"LAD": left, "LCX": hug(lcx, off, fixed=2), "RCA": hug(rca, off, fixed=2)}
+    for name, curve in curves.items():
+        low, high = LENGTHS_MM[name]
+        if not low <= (length := _length(curve) / s) <= high:
+            raise TopologyError(f"{name} is {length:.0f} mm long, possible are {low:.0f}-{high:.0f}")
     r_lm, r_lad = size * rng.normal(2.25, 0.15), size * rng.normal(1.85, 0.12)
-    r_lcx = max(1.2 * size, (max(r_lm**3 - r_lad**3, 1.0)) ** (1 / 3))
-    tree = [
-        ("LAD", left, np.where(np.arange(len(left)) <= split, r_lm, r_lad)),
-        ("LCX", outside.hug(lcx, off, fixed=2), r_lcx),
-        ("RCA", outside.hug(rca, off, fixed=2), size * rng.normal(1.95, 0.15)),
-    ]
-    pda_t = np.arange(-20.0, rng.uniform(6, 18), 4.0)
-    pda = np.array([on_lv(t, at(below, t) - 0.1 + rng.normal(0, 0.04), -0.1) for t in pda_t])
-    side: list[tuple[str, str, float, NDArray]] = [("PDA", "RCA", 1.0, pda)]
-    for n, t0 in enumerate((-10.0, 4.0)):
-        phi = at(front, t0)
-        side.append(
-            (f"D{n + 1}", "LAD", t0, np.array([on_lv(t0 + 3 + 4 * i, phi + 0.25 + 0.17 * i) for i in range(1, 7)]))
-        )
-    for n, f in enumerate((0.35, 0.75)):
-        phi = float(lcx_phi[0] + f * (lcx_phi[-1] - lcx_phi[0]))
-        side.append((f"OM{n + 1}", "LCX", f, np.array([on_lv(-26 + 5 * i, phi + 0.06 * i) for i in range(1, 8)])))
-    apex = frame.to_world((34 * rows[0] + 26 * rows[1])[None])[0]
-    start = on_ring(0.7)
-    marginal = [outside.first_exit(a, b, off) for a, b in _marginal_rays(frame, start, apex)]
-    side.append(("AM", "RCA", 0.5, np.array(marginal)))
-    return _attach(tree, side, outside, off, size, rng), off
+    r_lcx = max(1.2 * size, max(r_lm**3 - r_lad**3, 1.0) ** (1 / 3))  # Murray: r0^3 = r1^3 + r2^3
+    radii = {name: np.full(len(curve), r_lcx) for name, curve in curves.items()}
+    radii["LAD"] = np.where(np.arange(len(left)) <= split, r_lm, r_lad)
+    radii["RCA"][:] = size * rng.normal(1.95, 0.15)
+    return _attach(curves, radii, _side_branches(survey, phi, rng), survey, size, rng)
 
 
-def _marginal_rays(frame: Frame, start: NDArray, apex: NDArray) -> list[tuple[NDArray, NDArray]]:
-    """Rays from inside the right ventricle through the line groove -> apex, outwards."""
-    core = frame.to_world([[22, 26, -8]])[0]
-    line = start + np.linspace(0.12, 0.75, 8)[:, None] * (apex - start)
-    return [(core + 0.3 * (p - core), core + 2.5 * (p - core)) for p in line]
+def _side_branches(survey: _Survey, ring_phi: NDArray, rng: np.random.Generator) -> list[tuple[str, str, NDArray]]:
+    """Waypoints of the side branches: (name, parent, points)."""
+    below = np.arange(-20.0, rng.uniform(14, 30), 4.0)
+    side = [("PDA", "RCA", survey.groove(survey.below, below, -0.1))]
+    for n, t in enumerate((-10.0, 4.0)):
+        phi = float(np.interp(t, survey.t, survey.front))
+        points = [survey.on_lv(t + 3 + 4 * i, phi + 0.25 + 0.17 * i) for i in range(1, 7)]
+        side.append((f"D{n + 1}", "LAD", np.array(points)))
+    for n, share in enumerate((0.35, 0.75)):
+        phi = float(ring_phi[0] + share * (ring_phi[-1] - ring_phi[0]))
+        side.append((f"OM{n + 1}", "LCX", np.array([survey.on_lv(-26 + 5 * i, phi + 0.06 * i) for i in range(1, 8)])))
+    return [*side, ("AM", "RCA", survey.over_rv(survey.on_ring(0.7)))]
 
 
-def _attach(tree: list, side: list, outside: _Outside, off: float, size: float, rng: np.random.Generator) -> list:
-    """Joins side branches to the nearest point of their parent; Murray's law r0^3 = r1^3 + r2^3 narrows the parent."""
-    parents = {name: (p, np.full(len(p), r) if np.isscalar(r) else r) for name, p, r in tree}
+def _length(points: NDArray) -> float:
+    return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+
+
+def _steady(points: NDArray, limit_mm: float) -> NDArray:
+    """Points up to the first jump longer than the limit: where a ray met another structure."""
+    jumps = np.linalg.norm(np.diff(points, axis=0), axis=1) > limit_mm
+    return points[: int(np.argmax(jumps)) + 1] if jumps.any() else points
+
+
+def _attach(
+    curves: dict[str, NDArray],
+    radii: dict[str, NDArray],
+    side: list[tuple[str, str, NDArray]],
+    survey: _Survey,
+    size: float,
+    rng: np.random.Generator,
+) -> list[Branch]:
+    """Joins side branches to the nearest point of their parent, which narrows by Murray's law r0^3 = r1^3 + r2^3."""
     branches = []
-    for name, parent, _, points in side:
-        line, radius = parents[parent]
-        n = len(line) - 1 if name == "PDA" else int(np.argmin(np.linalg.norm(line - points[0], axis=1)))
-        n = max(n, 3)
+    for name, parent, points in side:
+        line, radius = curves[parent], radii[parent]
+        n = len(line) - 1 if name == "PDA" else max(int(np.argmin(np.linalg.norm(line - points[0], axis=1))), 3)
+        points = _steady(np.concatenate([line[n : n + 1], points]), 18.0)
+        if len(points) < 3:
+            continue
         r_branch = min(size * rng.uniform(0.85, 1.2), 0.85 * radius[n])
-        if name != "PDA":
-            radius[n + 1 :] *= max(1 - (r_branch / radius[n]) ** 3, 0.3) ** (1 / 3)
-        curve = outside.hug(np.concatenate([line[n : n + 1], points]), off)
+        radius[n + 1 :] *= max(1 - (r_branch / radius[n]) ** 3, 0.3) ** (1 / 3)
+        curve = survey.outside.hug(points, survey.offset)
         branches.append((name, curve, np.linspace(r_branch, 0.75 * size, len(curve))))
-    main = [(name, p, r * np.linspace(1.0, 0.72, len(r))) for name, (p, r) in parents.items()]
-    return main + branches
+    return [
+        (name, curve, radii[name] * np.linspace(1.0, 0.72, len(curve))) for name, curve in curves.items()
+    ] + branches
 
 
 def _rasterise_tube(frame: Frame, points: NDArray, radii: NDArray) -> tuple[NDArray[np.bool_], Array]:
@@ -668,12 +709,14 @@ def build_anatomy(shape: tuple[int, int, int], spacing_mm: float, rng: np.random
     atria = np.minimum.reduce([d["left_atrium"], d["right_atrium"], d["appendage"]]) - measures["atrial_wall"] * s
     vessels = np.minimum.reduce([d["aorta"], d["pulmonary_artery"], d["pulmonary_veins"]]) - 1.5 * s
     wall = np.minimum.reduce([solid, d["right_ventricle"] - measures["rv_wall"] * s, atria, vessels])
-    curves, offset = _coronary_curves(frame, measures, d, wall, rng)
+    size = float(np.sqrt(s) * rng.uniform(0.92, 1.06))  # vessels shrink less than the heart
+    survey = _Survey(frame, measures, d["right_ventricle"], wall, 1.9 * size + 0.6, rng)
+    curves = _coronary_curves(survey, size, rng)
     coronaries, lumen, kept = _draw_coronaries(frame, curves, d["aorta"] < 0, np.minimum.reduce(list(d.values())) < 0)
     label = _labels(frame, d | {"myocardium": _carve(solid, (tube["lv_outflow"], 0.0))}, coronaries)
     layers = _assemble(frame, grids, measures, d, wall, tube, curve, rng)
     layers.append({"coronaries": _coverage(lumen, spacing_mm)})
     blood = np.minimum.reduce([v for n, v in d.items() if n != "myocardium"])
-    lengths = {n: float(np.linalg.norm(np.diff(p, axis=0), axis=1).sum()) for n, p, _ in curves}
-    parameters = frame.parameters | measures | {"coronaries": kept, "coronary_length_mm": lengths}
+    lengths = {n: _length(p) for n, p, _ in curves if n in kept}
+    parameters = frame.parameters | measures | {"coronary_size": size, "coronary_length_mm": lengths}
     return Anatomy(label, layers, blood, curve | {n: p for n, p, _ in curves}, parameters)

@@ -21,6 +21,7 @@ from custom.template import (
     noise_sd,
     paint_prior,
     split_noise,
+    surrogate_grain,
     template_background,
 )
 
@@ -140,15 +141,15 @@ class CheckVolumesd(MapTransform):
 
 
 class SplitNoised(Transform):
-    """Add `structure` and `grain` (HU, structure + grain = image up to clipping) to an item with `image` and `label`."""
+    """Replace `image` by `structure` and `grain` (HU, their sum is the image) and add `surrogate`, grain to borrow."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split `image` (1, H, W, D)."""
         item = dict(data)
-        structure, grain = split_noise(_plain(item["image"])[0, 0].numpy(), _plain(item["label"])[0, 0].numpy())
-        item["structure"] = _like(torch.from_numpy(structure)[None, None], item["image"])
-        item["grain"] = _like(torch.from_numpy(grain)[None, None], item["image"])
-        return item
+        image, label = item.pop("image"), _plain(item["label"])[0, 0].numpy()
+        structure, grain = split_noise(_plain(image)[0, 0].numpy(), label)
+        volumes = {"structure": structure, "grain": grain, "surrogate": surrogate_grain(grain, label)}
+        return {**item, **{key: _like(torch.from_numpy(v)[None, None], image) for key, v in volumes.items()}}
 
 
 class LabelStatisticsd(Transform):
@@ -291,10 +292,10 @@ class RandTemplatePaird(Randomizable, Transform):
 
     A template of another subject would be ignored, so the template is an independently deformed copy of the target's own
     subject under the same random appearance: the only way to get the intensities right is to read it. What separates the
-    two anatomies stands for what registration leaves over when a template is used on another heart. Grain is borrowed
-    from another place of the same scan for each of the two, so it cannot be traced from template to target.
+    two anatomies stands for what registration leaves over when a template is used on another heart. The template and a
+    deformed target get surrogate grain from independent places, so that grain cannot be traced from one to the other.
 
-    Reads `structure`, `grain`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template`, `template_label`,
+    Reads `structure`, `grain`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template`, `template_label`,
     `statistics` and `grain_sd` (of the template). The fields are small against their length, so they do not fold and
     need no exponential.
 
@@ -360,17 +361,18 @@ class RandTemplatePaird(Randomizable, Transform):
             )
         self.randomize(len(item["statistics"]))
         structure, shift = self._appearance(_plain(item["structure"]), _plain(item["label"]), item["statistics"])
-        label, grain = _plain(item["label"]), _plain(item["grain"]) * self._gain
+        label = _plain(item["label"])
+        grain, surrogate = _plain(item["grain"]) * self._gain, _plain(item["surrogate"]) * self._gain
         target_at, template_at = self._coordinates(size)
         crop = CenterSpatialCrop(self.roi_size if self.roi_size is not None else size)
         image, target_label = self._view(structure, label, crop(target_at[0])[None], smooth=True)
         template, template_label = self._view(structure, label, crop(template_at[0])[None], smooth=False)
-        target_grain = torch.roll(grain, self._rolls[0], (2, 3, 4)) if self._deformed else grain
+        target_grain = torch.roll(surrogate, self._rolls[0], (2, 3, 4)) if self._deformed else grain
         image = image + crop(target_grain[0])[None]
-        template = template + crop(torch.roll(grain, self._rolls[1], (2, 3, 4))[0])[None]
+        template = template + crop(torch.roll(surrogate, self._rolls[1], (2, 3, 4))[0])[None]
         statistics = label_statistics(template, template_label, len(shift))
         statistics = torch.where(statistics.isfinite(), statistics, item["statistics"] + shift[:, None] * torch.eye(2)[0])
-        for key in ("structure", "grain"):
+        for key in ("structure", "grain", "surrogate"):
             item.pop(key)
         return {
             **item,

@@ -1,0 +1,73 @@
+"""Layer 2: the JSON lists of cases that stages exchange."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import load_decathlon_datalist
+
+_FILE_KEYS = ("image", "label", "template", "template_label")
+
+
+def check_files(items: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuse a list that names files which do not exist, all of them at once.
+
+    Raises:
+        FileNotFoundError: naming `source` and every missing file.
+    """
+    files = [str(item[key]) for item in items for key in _FILE_KEYS if key in item]
+    missing = sorted({file for file in files if not os.path.isfile(file)})
+    if missing:
+        raise FileNotFoundError(f"{source}: {len(missing)} listed files do not exist: {', '.join(missing)}")
+
+
+def case_name(path: str) -> str:
+    """File name without folder and NIfTI ending."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def load_cases(
+    datalists: Sequence[str] | str, section: str, keys: Sequence[str] = ("image", "label"), limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Read cases from decathlon-style datalists; relative paths are relative to their datalist.
+
+    Args:
+        datalists: JSON files, read one after the other.
+        section: list to read, for example "training"; a datalist without it adds nothing.
+        keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
+        limit: at most so many cases of each datalist.
+
+    Returns:
+        one dictionary a case: `keys` as absolute paths, `case` (name of its label file) and `weight`.
+
+    Raises:
+        FileNotFoundError: when a datalist or a listed file is missing.
+        ValueError: when a case lacks a key, or no case is found.
+    """
+    cases = []
+    for datalist in [datalists] if isinstance(datalists, str) else datalists:
+        if not os.path.isfile(datalist):
+            raise FileNotFoundError(f"{datalist}: datalist not found; set `dataset_dir` or `datalists` in the config")
+        base = os.path.dirname(os.path.abspath(datalist))
+        try:
+            items = load_decathlon_datalist(datalist, data_list_key=section, base_dir=base)
+        except ValueError:
+            items = []
+        for item in items[:limit]:
+            absent = [key for key in keys if key not in item]
+            if absent:
+                raise ValueError(f"{datalist}: a case of {section!r} has no {absent}; every case needs {list(keys)}")
+            files = {key: os.path.join(base, item[key]) for key in keys}
+            cases.append({**files, "case": case_name(item["label"]), "weight": float(item.get("weight", 1.0))})
+    if not cases:
+        raise ValueError(f"{datalists}: no case in section {section!r}; check the section names")
+    check_files(cases, str(datalists))
+    return cases
+
+
+def pending(cases: Sequence[dict[str, Any]], output_dir: str, suffix: str = ".nii.gz") -> list[dict[str, Any]]:
+    """Cases whose result `output_dir/<case><suffix>` does not exist yet; results appear there only when complete."""
+    return [case for case in cases if not os.path.isfile(os.path.join(output_dir, case["case"] + suffix))]

@@ -1,0 +1,265 @@
+"""Layer 2: ignite handlers that MONAI does not have."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.utils import CommonKeys as Keys
+
+from custom.diffusion import haar_pack, pad_to_multiple
+from custom.engines import PrepareResidualDiffusion
+from custom.networks import StructDiffUNet, context_modes, residual_regions
+from custom.pictures import save_sheet
+
+logger = logging.getLogger(__name__)
+
+_MIN_SIGMA = 0.02
+
+
+class SeedEachEpoch:
+    """Derive all randomness of an epoch from (seed, epoch, rank), so that a resumed run repeats an uninterrupted one.
+
+    Args:
+        seed: base seed.
+        transforms: random transforms (Compose) to reseed; each epoch of the engine it is attached to.
+        vary: False repeats the same draws in every epoch (validation).
+        global_random: also seed the generators of torch, numpy and random.
+    """
+
+    def __init__(self, seed: int, transforms: Any, *, vary: bool = True, global_random: bool = True) -> None:
+        self.seed, self.transforms, self.vary, self.global_random = seed, transforms, vary, global_random
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an engine."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Reseed."""
+        parts = (self.seed, engine.state.epoch if self.vary else 0, idist.get_rank())
+        seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+        self.transforms.set_random_state(seed=seed)
+        if self.global_random:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+
+
+def residual_sigma(
+    batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, network: StructDiffUNet, device: torch.device
+) -> torch.Tensor:
+    """Root mean square of the packed residual per (mode, region, Haar band).
+
+    Args:
+        batches: training batches.
+        prepare: how a batch becomes a residual.
+        network: gives the shape of the table.
+        device: where to measure.
+
+    Returns:
+        (modes, regions, 8) float32, at least 0.02; cells that no voxel fell into keep 1.
+    """
+    shape = network.residual_sigma.shape
+    total = torch.zeros(shape[0] * shape[1], 9, dtype=torch.float64, device=device)
+    for batch in batches:
+        residual, context = prepare.residual(batch, device)
+        residual, context = pad_to_multiple(residual, 2), pad_to_multiple(context, 2)
+        cell = context_modes(context).view(-1, 1, 1, 1) * shape[1] + residual_regions(context[:, :1], context[:, 3:4])
+        squares = haar_pack(residual).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
+        total.index_add_(0, cell.flatten(), torch.cat([squares, torch.ones_like(squares[:, :1])], 1))
+    total = idist.all_reduce(total)
+    measured = (total[:, :8] / total[:, 8:]).sqrt().clamp(min=_MIN_SIGMA)
+    return torch.where(total[:, 8:] > 0, measured, torch.ones_like(measured)).reshape(shape).float()
+
+
+class Resume:
+    """Save the whole state of a run after every epoch and take it up again when the run is started anew.
+
+    MONAI's `CheckpointSaver` and `CheckpointLoader`, with the engine they are attached to among what is saved, which a config
+    cannot name from inside the engine's own handlers. Saving comes after all other handlers of the epoch.
+
+    Args:
+        objects: name -> object with `state_dict` and `load_state_dict`.
+        directory: of the checkpoints; only the last is kept, written atomically.
+        device: where to load to.
+    """
+
+    def __init__(self, objects: dict[str, Any], directory: str, device: torch.device) -> None:
+        self.objects, self.directory, self.device = objects, Path(directory), device
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, before handlers that look at whether it was resumed."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the last checkpoint, if any, and begin to save."""
+        state = {**self.objects, "trainer": engine}
+        found = sorted(self.directory.glob("resume_checkpoint_epoch=*.pt"), key=os.path.getmtime)
+        if found:
+            CheckpointLoader(load_path=str(found[-1]), load_dict=state, map_location=self.device)(engine)
+            logger.info("resumed from %s at epoch %d", found[-1], engine.state.epoch)
+        CheckpointSaver(
+            save_dir=str(self.directory), save_dict=state, file_prefix="resume", save_interval=1, n_saved=1
+        ).attach(engine)
+
+
+class MeasureResidual:
+    """Measure the residual's standard deviations before the first epoch; a resumed run keeps those it loaded.
+
+    Attach after :class:`Resume`.
+
+    Args:
+        network: the bare network to set.
+        shadow: its EMA copy, set as well.
+        data_loader: training batches.
+        prepare: how a batch becomes a residual.
+        batches: how many batches to measure.
+        device: where to measure.
+    """
+
+    def __init__(
+        self,
+        network: StructDiffUNet,
+        shadow: StructDiffUNet,
+        data_loader: Iterable[dict[str, Any]],
+        prepare: PrepareResidualDiffusion,
+        *,
+        batches: int,
+        device: torch.device,
+    ) -> None:
+        self.network, self.shadow, self.data_loader, self.prepare = network, shadow, data_loader, prepare
+        self.batches, self.device = batches, torch.device(device)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def _some(self) -> Iterable[dict[str, Any]]:
+        remaining = self.batches
+        while remaining > 0:
+            for batch in self.data_loader:
+                yield batch
+                remaining -= 1
+                if remaining == 0:
+                    return
+
+    def __call__(self, engine: Engine) -> None:
+        """Measure unless training was resumed."""
+        if engine.state.epoch > 0:
+            return
+        sigma = residual_sigma(self._some(), self.prepare, self.network, self.device)
+        for network in (self.network, self.shadow):
+            network.set_residual_sigma(sigma)
+        logger.info("residual sigma (mode, region, low-pass and highest band): %s", sigma[..., [0, 7]].tolist())
+
+
+class KeepBest:
+    """Write the weights of the best validation epoch, atomically, under one name. Its score is part of the run's state.
+
+    Args:
+        model: whose state dict is written.
+        path: file to write.
+    """
+
+    def __init__(self, model: torch.nn.Module, path: str) -> None:
+        self.model, self.path, self.best = model, Path(path), -float("inf")
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def state_dict(self) -> dict[str, float]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up the best score of a resumed run."""
+        self.best = state["best"]
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights when the engine's key metric is a new best."""
+        score = float(engine.state.metrics[engine.state.key_metric_name])  # type: ignore[attr-defined]
+        if not score > self.best or idist.get_rank() != 0:
+            return
+        self.best = score
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(self.model.state_dict(), temporary)
+        os.replace(temporary, self.path)
+        logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
+
+
+class Previews:
+    """Write a PNG of the first cases of an evaluation: truth and rendering side by side.
+
+    Args:
+        directory: of the pictures.
+        vessel_labels: ids of the vessel projection.
+        cases: at most so many batches are drawn.
+    """
+
+    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1) -> None:
+        self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
+        self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=1), self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the first cases."""
+        if len(self._rows) >= 2 * self.cases or idist.get_rank() != 0:
+            return
+        truth = engine.state.output[Keys.LABEL][0].cpu().numpy()  # type: ignore[index]
+        rendered = engine.state.output[Keys.PRED][0, 0].cpu().numpy()  # type: ignore[index]
+        case = engine.state.batch["case"][0]  # type: ignore[index]
+        self._rows += [(f"{case}: true", truth[0], truth[1]), (f"{case}: rendered", rendered, truth[1])]
+
+    def write(self, engine: Engine) -> None:
+        """Write the picture."""
+        if self._rows:
+            save_sheet(self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels)
+        self._rows = []
+
+
+class MetricsTable:
+    """Append the evaluator's metrics to a CSV after each evaluation; rows of epochs that a resumed run repeats are replaced.
+
+    Args:
+        path: of the CSV.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write one row."""
+        if idist.get_rank() != 0:
+            return
+        row: dict[str, Any] = {"epoch": engine.state.epoch, **engine.state.metrics}
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [r for r in csv.DictReader(file) if int(r["epoch"]) < row["epoch"]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        os.replace(temporary, self.path)

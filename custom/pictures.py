@@ -1,0 +1,63 @@
+"""Layer 1: contact sheets of volumes, as a radiologist would page through them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+WINDOW_HU = (-250.0, 650.0)
+_COLOURS = matplotlib.colormaps["tab20"]
+
+
+def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice of an RAS volume through a voxel, drawn in radiological convention."""
+    x, y, z = centre
+    return [np.flip(np.rot90(plane), 1) for plane in (volume[:, :, z], volume[:, y, :])] + [np.rot90(volume[x])]
+
+
+def heart_centre(label: np.ndarray) -> tuple[int, int, int]:
+    """Voxel at the centre of mass of all labels; the centre of the volume when there is none."""
+    if not (label > 0).any():
+        return tuple(n // 2 for n in label.shape)  # type: ignore[return-value]
+    return tuple(int(round(c)) for c in ndimage.center_of_mass(label > 0))  # type: ignore[return-value]
+
+
+def vessel_projection(image: np.ndarray, label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
+    """Coronal maximum intensity projection (mm of depth all alike) of what lies within 3 voxels of the vessels."""
+    near = ndimage.binary_dilation(np.isin(label, vessel_labels), iterations=3)
+    near &= np.isin(label, [0, *vessel_labels])
+    return np.flip(np.rot90(np.where(near, image, WINDOW_HU[0]).max(1)), 1)
+
+
+def save_sheet(
+    path: str | os.PathLike, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], *, vessel_labels: Sequence[int]
+) -> None:
+    """Write a PNG with one row a volume: three planes, the axial one with the mask outlined, and a vessel projection.
+
+    Args:
+        path: PNG, replaced atomically; its folder is made.
+        rows: (title, image in HU, label), each volume (H, W, D) in RAS.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(15, 3.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 5, squeeze=False)
+    for row, (title, image, label) in zip(axes, rows, strict=True):
+        centre = heart_centre(label)
+        planes, masks = _planes(image, centre), _planes(label, centre)
+        panels = [*planes, planes[0], vessel_projection(image, label, vessel_labels)]
+        for axis, panel in zip(row, panels, strict=True):
+            axis.imshow(panel, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
+            axis.set_axis_off()
+        for index in np.unique(masks[0])[1:]:
+            row[3].contour(masks[0] == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
+        row[0].set_title(title, fontsize=9, loc="left")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=80)
+    os.replace(temporary, path)
