@@ -1,7 +1,7 @@
 """A procedural contrast-enhanced cardiac CT with exact labels (layer 1): appearance, cohort and command line.
 
-Geometry (`custom.phantom_anatomy`) and appearance are drawn from separate generators seeded by (seed, subject index), so a
-subject never depends on how many subjects or workers there are, and the same anatomy can be seen under another contrast.
+Geometry (`custom.phantom_anatomy`) and appearance are drawn from separate generators seeded by (seed, subject index): a
+subject never depends on how many subjects or workers there are, and one anatomy can be seen under another contrast.
 
     python -m custom.phantom make --output_dir DIR --subjects 40 --seed 0
 """
@@ -142,7 +142,7 @@ def _scan(hu: Array, look: dict[str, Any], spacing_mm: float) -> Array:
 
 
 def _noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, rng: np.random.Generator) -> Array:
-    """CT-like noise: band-pass in plane (a ramp filtered by the kernel), nearly white along z, strongest in the middle."""
+    """CT-like noise: band-pass in plane (ramp times kernel), nearly white along z, strongest in the middle."""
     white = rng.standard_normal(shape, dtype=np.float32)
     s = look["grain_mm"] / spacing_mm
     grain = ndimage.gaussian_filter(white, (s, s, 0.6 * s)) - 0.55 * ndimage.gaussian_filter(white, (3 * s, 3 * s, s))
@@ -152,7 +152,7 @@ def _noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, rng:
 
 
 def _add_artefacts(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Paints calcified plaques, contrast streaks at the superior vena cava and layering in the right heart, in place."""
+    """Paints calcified plaques, streaks at the superior vena cava and mixing in the right atrium, in place."""
     shape = hu.shape
     voxel = np.stack(np.nonzero(anatomy.label == LABELS["coronaries"]), axis=1)
     plaques = voxel[rng.integers(0, len(voxel), rng.integers(1, 7))]
@@ -215,7 +215,8 @@ def _draw_anatomy(seed: int, index: int, shape: tuple[int, int, int], spacing_mm
         except TopologyError as error:
             logger.debug("subject %d, draw %d: %s", index, draw, error)
     raise TopologyError(
-        f"no draw of {MAX_DRAWS} for seed {seed}, subject {index} has the intended topology; use another seed or a finer grid."
+        f"none of {MAX_DRAWS} draws for seed {seed}, subject {index} has the intended topology; use another seed or a "
+        "finer grid."
     )
 
 
@@ -234,8 +235,8 @@ def make_subject(
         seed: cohort seed, at least 0.
         index: subject number, at least 0; the subject depends on (seed, index) only.
         shape: (H, W, D) voxels along right, anterior, superior, each at least 48.
-        spacing_mm: isotropic voxel size in (0, 2.5]; shape * spacing_mm must be at least 120 mm. A heart that would not fit
-            is scaled down (144 mm hold a heart at about 80 %).
+        spacing_mm: isotropic voxel size in (0, 2.5]; shape * spacing_mm must be at least 120 mm. A heart that would
+            not fit is scaled down (144 mm hold a heart at about 80 %).
         artefacts: adds calcified plaques, contrast streaks and mixing, and motion of the right coronary artery.
         appearance_seed: None means `seed`. Another value keeps the anatomy and redraws contrast, texture and noise.
 
@@ -365,8 +366,8 @@ def make(
             raise ValueError(f"{name} must be at least 1, got {value}; pass --{name} 1 or more.")
     if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
         raise ValueError(
-            f"validation_fraction and test_fraction must be at least 0 and below 1 together, got {validation_fraction} and "
-            f"{test_fraction}; use for example 0.15 and 0.15."
+            "validation_fraction and test_fraction must be at least 0 and below 1 together, got "
+            f"{validation_fraction} and {test_fraction}; use for example 0.15 and 0.15."
         )
     if str(artefacts).lower() not in ("true", "false"):
         raise ValueError(f"artefacts must be true or false, got {artefacts!r}; pass --artefacts true.")

@@ -1,18 +1,19 @@
 """Geometry of the cardiac CT phantom (layer 1): signed distances of heart, vessels and thorax, and the label map.
 
-Shapes are written in *model* millimetres: an adult heart, RAS axes, origin at the centre of the left ventricle. A `Frame`
-carries them into the scanner's *world* (RAS, mm, origin at the centre of the volume): scale, rotation and a smooth random
-deformation. Signed distances are negative inside and in world millimetres. Structures exclude one another by carving
-(`max(a, gap - b)`), so no voxel belongs to two of them. Coronary arteries are then routed over the surface of what is there.
+Shapes are written in *model* millimetres: an adult heart, RAS axes, origin at the centre of the left ventricle. A
+`Frame` carries them into the scanner's *world* (RAS, mm, origin at the centre of the volume): scale, rotation and a
+smooth random deformation. Signed distances are negative inside and in world millimetres. Structures exclude one another
+by carving (`max(a, gap - b)`), so no voxel belongs to two. Coronary arteries are then routed over what is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from skimage.graph import route_through_array
@@ -45,7 +46,7 @@ MODEL_CENTRE = np.array([23.0, -13.0, 27.0])
 FAR = 30.0
 
 # Points of vessels in model mm; radii in model mm. Jittered per subject.
-TUBES: dict[str, tuple[list[list[float]], list[float]]] = {
+TUBES: dict[str, tuple[Sequence[Sequence[float]], Sequence[float]]] = {
     "aorta": (
         [[38, 4, 21], [42, 5, 32], [45, 4, 44], [50, 4, 62], [50, -2, 80], [42, -20, 96], [29, -45, 97], [20, -64, 84]]
         + [[17, -72, 62], [18, -74, 30], [23, -74, -10], [32, -73, -45], [38, -72, -80]],
@@ -138,7 +139,7 @@ class Frame:
         centre = MODEL_CENTRE.astype(np.float32)
         return [heart[i] + centre[i] for i in range(3)], [straight[i] + centre[i] for i in range(3)]
 
-    def to_world(self, model: NDArray, *, rotated: bool = True) -> NDArray[np.float64]:
+    def to_world(self, model: ArrayLike, *, rotated: bool = True) -> NDArray[np.float64]:
         """World position (N, 3) of model points (N, 3): the map's inverse by fixed-point iteration."""
         p = np.atleast_2d(np.asarray(model, dtype=np.float64)) - MODEL_CENTRE
         target = (p @ self.rotation if rotated else p) * self.scale * self.stretch
@@ -165,11 +166,12 @@ def _unit(v: Any) -> NDArray[np.float64]:
 
 
 def _dot(grid: list[Array], centre: Any, direction: Any) -> Array:
-    return sum((grid[i] - np.float32(centre[i])) * np.float32(direction[i]) for i in range(3))
+    x, y, z = ((grid[i] - np.float32(centre[i])) * np.float32(direction[i]) for i in range(3))
+    return x + y + z
 
 
 def _ellipsoid(grid: list[Array], centre: Any, rows: NDArray, radii: Any) -> Array:
-    """Approximate signed distance k0 (k0 - 1) / k1 with k0 = |p/r|, k1 = |p/r^2| (exact at the surface to first order)."""
+    """Signed distance k0 (k0 - 1) / k1, k0 = |p/r|, k1 = |p/r^2|: exact to first order at the surface."""
     q = [_dot(grid, centre, rows[i]) / np.float32(radii[i]) for i in range(3)]
     k0 = np.sqrt(q[0] ** 2 + q[1] ** 2 + q[2] ** 2) + np.float32(1e-3)
     k1 = np.sqrt(sum((q[i] / np.float32(radii[i])) ** 2 for i in range(3))) + np.float32(1e-5)
@@ -214,15 +216,14 @@ def draw_tube(frame: Frame, points: NDArray, radii: NDArray, *, out: Array | Non
             continue
         box = tuple(slice(i, j) for i, j in zip(lo, hi, strict=True))
         ab = b - a
-        x = [frame.axes[i][box[i]].astype(np.float32) - np.float32(a[i]) for i in range(3)]
-        x, y, z = x[0][:, None, None], x[1][None, :, None], x[2][None, None, :]
+        x, y, z = np.ix_(*(frame.axes[i][box[i]] - np.float32(a[i]) for i in range(3)))
         u = np.clip((x * ab[0] + y * ab[1] + z * ab[2]) / max(float(ab @ ab), 1e-6), 0, 1).astype(np.float32)
         d = np.sqrt((x - u * ab[0]) ** 2 + (y - u * ab[1]) ** 2 + (z - u * ab[2]) ** 2) - (ra + u * (rb - ra))
         np.minimum(out[box], d, out=out[box])
     return out
 
 
-def _jitter(rng: np.random.Generator, points: list[list[float]], sd_mm: float) -> NDArray[np.float64]:
+def _jitter(rng: np.random.Generator, points: Sequence[Sequence[float]], sd_mm: float) -> NDArray[np.float64]:
     return np.asarray(points, dtype=np.float64) + rng.normal(0.0, sd_mm, (len(points), 3)).clip(-2 * sd_mm, 2 * sd_mm)
 
 
@@ -272,8 +273,10 @@ def _vessels(
     return distance, curve
 
 
-def _heart(frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[str, Array], rng: np.random.Generator):
-    """Signed distances (world mm) of the labelled structures but coronaries, mutually exclusive; and of the solid LV."""
+def _heart(
+    frame: Frame, grid: list[Array], shape: dict[str, Any], tube: dict[str, Array], rng: np.random.Generator
+) -> tuple[dict[str, Array], Array]:
+    """Signed distances (world mm) of all labels but coronaries, mutually exclusive; and of the whole left ventricle."""
     s = np.float32(frame.scale)
     rows = np.stack(_lv_frame(shape["axis"]))
     centre = LV_CENTRE_T * rows[0]
@@ -432,7 +435,8 @@ class _Survey:
         v = np.cross(VALVE_NORMAL, u)
         v = v * -np.sign(v[2])
         ray = np.stack([VALVE_POINT, VALVE_POINT + 80 * (np.cos(phi) * u + np.sin(phi) * v)])
-        return self.outside.first_exit(*self.frame.to_world(ray), self.offset)
+        start, end = self.frame.to_world(ray)
+        return self.outside.first_exit(start, end, self.offset)
 
     def leave_aorta(self, towards: list[float], target: NDArray) -> NDArray[np.float64]:
         """From inside the aortic sinus through its wall and over the surface to the target."""
