@@ -114,7 +114,7 @@ def _draw_appearance(rng: np.random.Generator) -> dict[str, Any]:
         "grain_mm": rng.uniform(0.45, 0.8),
         "psf_sigma_mm": rng.uniform(0.4, 0.7),
         "sharpening": rng.uniform(0.0, 0.35),
-        "mixing": rng.uniform(0.02, 0.08),
+        "mixing": rng.uniform(0.02, 0.12),
     }
 
 
@@ -145,7 +145,7 @@ def _noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, rng:
     """CT-like noise: band-pass in plane (ramp times kernel), nearly white along z, strongest in the middle."""
     white = rng.standard_normal(shape, dtype=np.float32)
     s = look["grain_mm"] / spacing_mm
-    grain = ndimage.gaussian_filter(white, (s, s, 0.6 * s)) - 0.55 * ndimage.gaussian_filter(white, (3 * s, 3 * s, s))
+    grain = ndimage.gaussian_filter(white, (s, s, 0.85 * s)) - 0.55 * ndimage.gaussian_filter(white, (3 * s, 3 * s, s))
     x, y = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape[:2])
     envelope = 0.88 + 0.24 * np.exp(-1.5 * (x[:, None] ** 2 + y[None] ** 2))
     return grain * (np.float32(look["noise_hu"]) / grain.std()) * envelope[..., None]

@@ -656,7 +656,7 @@ def _lung_vessels(frame: Frame, curve: dict[str, NDArray], rng: np.random.Genera
         for v in rng.normal(size=(count, 3)) * [0.7, 0.8, 1.2] + outwards:
             v = _unit(v)
             start = frame.to_world(np.asarray(hilum) + rng.uniform(4, 40) * v, rotated=False)[0]
-            stack.append((start, v, rng.uniform(1.6, 2.4) * s, 17.0 * s, 1))
+            stack.append((start, v, rng.uniform(1.8, 3.0) * s, 17.0 * s, 1))
     while stack:
         p, v, r, length, depth = stack.pop()
         end = p + length * _unit(v + rng.normal(0, 0.15, 3))
