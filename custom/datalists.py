@@ -9,7 +9,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
-_FILE_KEYS = ("image", "label", "template", "template_label")
+_FILE_KEYS = ("image", "label", "template_image", "template_label")
 
 
 def check_files(items: Sequence[Mapping[str, Any]], source: str) -> None:

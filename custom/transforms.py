@@ -171,7 +171,7 @@ class LabelStatisticsd(Transform):
 
 
 class AlignTemplated(Transform):
-    """Carry `template` and `template_label` onto the grid and anatomy of the target mask `label`, training-free.
+    """Carry `template_image` and `template_label` onto the grid and anatomy of the target mask `label`, training-free.
 
     Centroid and extent of the heart first, then a diffeomorphic registration of the label maps, applied with one
     interpolation. Both must already have the orientation and spacing of the target.
@@ -201,7 +201,7 @@ class AlignTemplated(Transform):
         where = template_coordinates(
             template_label.long(), target.long(), labels=self.labels, spacing_mm=self.spacing_mm
         )
-        item["template"] = _like(sample(_plain(item["template"]), where), item["label"])
+        item["template_image"] = _like(sample(_plain(item["template_image"]), where), item["label"])
         item["template_label"] = _like(sample(template_label, where, mode="nearest"), item["label"])
         return item
 
@@ -209,7 +209,7 @@ class AlignTemplated(Transform):
 class PaintPriord(Transform):
     """Add `prior` (1, H, W, D) HU and `context` (5, H, W, D), see `custom.networks.CONTEXT_CHANNELS`.
 
-    Needs `label`, `template`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
+    Needs `label`, `template_image`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
 
     Args:
         nominal_hu: plausible mean HU of every label, background first; paints what no template tells.
@@ -237,7 +237,7 @@ class PaintPriord(Transform):
         target, template, template_label = label, torch.zeros_like(label), none
         prior, sd = flat, torch.zeros_like(label)
         if mode == "template":
-            template, template_label = _plain(data["template"]), _plain(data["template_label"])
+            template, template_label = _plain(data["template_image"]), _plain(data["template_label"])
         if mode == "template" and self.use_prior:
             background = template_background(template, template_label)
             prior, sd = paint_prior(label, self._statistics(data, label), background, float(data["grain_sd"]))
@@ -295,7 +295,7 @@ class RandTemplatePaird(Randomizable, Transform):
     two anatomies stands for what registration leaves over when a template is used on another heart. The template and a
     deformed target get surrogate grain from independent places, so that grain cannot be traced from one to the other.
 
-    Reads `structure`, `grain`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template`, `template_label`,
+    Reads `structure`, `grain`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template_image`, `template_label`,
     `statistics` and `grain_sd` (of the template). The fields are small against their length, so they do not fold and
     need no exponential.
 
@@ -378,7 +378,7 @@ class RandTemplatePaird(Randomizable, Transform):
             **item,
             "image": image[0],
             "label": target_label[0],
-            "template": template[0],
+            "template_image": template[0],
             "template_label": template_label[0],
             "statistics": statistics,
             "grain_sd": float(item["grain_sd"]) * self._gain,
