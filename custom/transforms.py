@@ -6,12 +6,12 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
 from monai.transforms import CenterSpatialCrop, MapTransform, Randomizable, Transform
+from scipy import ndimage
 
 from custom.deformation import identity_coordinates, random_velocity, sample, template_coordinates
 from custom.networks import MODES
@@ -42,6 +42,22 @@ def _plain(volume: torch.Tensor) -> torch.Tensor:
 def _like(volume: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """(1, 1, H, W, D) -> (1, H, W, D) on the grid of a reference."""
     return MetaTensor(volume[0], meta=reference.meta) if isinstance(reference, MetaTensor) else volume[0]
+
+
+def _sample_cubic(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Image (1, 1, h, w, d) read at (1, 3, H, W, D) voxels of it by cubic splines, edge values outside."""
+    values = ndimage.map_coordinates(volume[0, 0].numpy(), where[0].numpy(), order=3, mode="nearest")
+    return torch.from_numpy(values)[None, None]
+
+
+def _sample_labels(label: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Label map read at (1, 3, H, W, D) voxels of it without staircases: the label with most linear weight wins."""
+    best, winner = torch.zeros_like(where[:, :1]), torch.zeros_like(where[:, :1])
+    for index in sample(label, where, mode="nearest").unique().tolist():
+        weight = sample((label == index).float(), where)
+        winner = torch.where(weight > best, float(index), winner)
+        best = torch.maximum(best, weight)
+    return winner
 
 
 class CheckVolumesd(MapTransform):
@@ -141,15 +157,16 @@ class CheckVolumesd(MapTransform):
 
 
 class SplitNoised(Transform):
-    """Replace `image` by `structure` and `grain` (HU, their sum is the image) and add `surrogate`, grain to borrow."""
+    """Add `structure`, the image without its grain, and `surrogate`, grain to put on it, to an item with `image`, `label`."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split `image` (1, H, W, D)."""
         item = dict(data)
-        image, label = item.pop("image"), _plain(item["label"])[0, 0].numpy()
-        structure, grain = split_noise(_plain(image)[0, 0].numpy(), label)
-        volumes = {"structure": structure, "grain": grain, "surrogate": surrogate_grain(grain, label)}
-        return {**item, **{key: _like(torch.from_numpy(v)[None, None], image) for key, v in volumes.items()}}
+        image, label = _plain(item["image"])[0, 0].numpy(), _plain(item["label"])[0, 0].numpy()
+        structure, grain = split_noise(image, label)
+        for key, volume in (("structure", structure), ("surrogate", surrogate_grain(grain, label))):
+            item[key] = _like(torch.from_numpy(volume)[None, None], item["image"])
+        return item
 
 
 class LabelStatisticsd(Transform):
@@ -201,7 +218,7 @@ class AlignTemplated(Transform):
         where = template_coordinates(
             template_label.long(), target.long(), labels=self.labels, spacing_mm=self.spacing_mm
         )
-        item["template_image"] = _like(sample(_plain(item["template_image"]), where), item["label"])
+        item["template_image"] = _like(_sample_cubic(_plain(item["template_image"]), where), item["label"])
         item["template_label"] = _like(sample(template_label, where, mode="nearest"), item["label"])
         return item
 
@@ -292,10 +309,11 @@ class RandTemplatePaird(Randomizable, Transform):
 
     A template of another subject would be ignored, so the template is an independently deformed copy of the target's own
     subject under the same random appearance: the only way to get the intensities right is to read it. What separates the
-    two anatomies stands for what registration leaves over when a template is used on another heart. The template and a
-    deformed target get surrogate grain from independent places, so that grain cannot be traced from one to the other.
+    two anatomies stands for what registration leaves over when a template is used on another heart. The template's own
+    grain is replaced by surrogate grain, so that grain cannot be traced from template to target. Images are read by cubic
+    splines, which keep thin vessels and grain where linear interpolation would blur them.
 
-    Reads `structure`, `grain`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template_image`, `template_label`,
+    Reads `image`, `structure`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`, `template_image`, `template_label`,
     `statistics` and `grain_sd` (of the template). The fields are small against their length, so they do not fold and
     need no exponential.
 
@@ -347,7 +365,7 @@ class RandTemplatePaird(Randomizable, Transform):
         self._label_shift = self.R.normal(0, self.label_shift_hu, num_labels)
         self._gain = float(self.R.uniform(*self.grain_gain))
         self._blur = float(self.R.uniform(*self.blur_voxels))
-        self._rolls = self.R.randint(0, 1 << 16, (2, 3)).tolist()
+        self._roll = self.R.randint(0, 1 << 16, 3).tolist()
         self._seed = int(self.R.randint(0, 1 << 31))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -360,40 +378,43 @@ class RandTemplatePaird(Randomizable, Transform):
                 f"{tuple(self.roi_size)}; lower `roi_size` or use a larger field of view"
             )
         self.randomize(len(item["statistics"]))
-        structure, shift = self._appearance(_plain(item["structure"]), _plain(item["label"]), item["statistics"])
-        label = _plain(item["label"])
-        grain, surrogate = _plain(item["grain"]) * self._gain, _plain(item["surrogate"]) * self._gain
+        label, surrogate = _plain(item["label"]), _plain(item["surrogate"]) * self._gain
+        shifts, shift = self._shifts(label, item["statistics"])
+        structure = self._blurred(_plain(item["structure"]) + shifts)
+        grain = _plain(item["image"]) - _plain(item["structure"])
+        scanned = structure + grain * self._gain
         target_at, template_at = self._coordinates(size)
         crop = CenterSpatialCrop(self.roi_size if self.roi_size is not None else size)
-        image, target_label = self._view(structure, label, crop(target_at[0])[None], smooth=True)
-        template, template_label = self._view(structure, label, crop(template_at[0])[None], smooth=False)
-        target_grain = torch.roll(surrogate, self._rolls[0], (2, 3, 4)) if self._deformed else grain
-        image = image + crop(target_grain[0])[None]
-        template = template + crop(torch.roll(surrogate, self._rolls[1], (2, 3, 4))[0])[None]
-        statistics = label_statistics(template, template_label, len(shift))
-        statistics = torch.where(statistics.isfinite(), statistics, item["statistics"] + shift[:, None] * torch.eye(2)[0])
-        for key in ("structure", "grain", "surrogate"):
+        if self._deformed:
+            where = crop(target_at[0])[None]
+            image, target_label = _sample_cubic(scanned, where), _sample_labels(label, where)
+        else:
+            image, target_label = crop(scanned[0])[None], crop(label[0])[None]
+        where = crop(template_at[0])[None]
+        template = _sample_cubic(structure, where) + crop(torch.roll(surrogate, self._roll, (2, 3, 4))[0])[None]
+        statistics = label_statistics(scanned, label, len(shift))
+        fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
+        for key in ("structure", "surrogate"):
             item.pop(key)
         return {
             **item,
             "image": image[0],
             "label": target_label[0],
             "template_image": template[0],
-            "template_label": template_label[0],
-            "statistics": statistics,
+            "template_label": sample(label, where, mode="nearest")[0],
+            "statistics": torch.where(statistics.isfinite(), statistics, fallback),
             "grain_sd": float(item["grain_sd"]) * self._gain,
         }
 
-    def _appearance(
-        self, structure: torch.Tensor, label: torch.Tensor, statistics: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Structure under the drawn contrast and blur, and the shift (num_labels,) in HU."""
+    def _shifts(self, label: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drawn contrast change as a volume, softened like a scan, and by label, (num_labels,); HU."""
         shift = torch.as_tensor(self._label_shift, dtype=torch.float32)
         shift = shift + self._contrast_shift * (statistics[:, 0] > self.contrast_above_hu)
         shift[0] = 0
-        shifts = GaussianFilter(3, _PSF_SIGMA_VOXELS)(shift[label.long()])
-        structure = structure + shifts
-        return (GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure), shift
+        return GaussianFilter(3, _PSF_SIGMA_VOXELS)(shift[label.long()]), shift
+
+    def _blurred(self, structure: torch.Tensor) -> torch.Tensor:
+        return GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure
 
     def _coordinates(self, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where target and template read the subject, each (1, 3, H, W, D) in voxels."""
@@ -408,17 +429,3 @@ class RandTemplatePaird(Randomizable, Transform):
         if self._deformed:
             target = target + displacement(self.target_amplitude_mm)
         return target, target + displacement(self._amplitude_mm)
-
-    def _view(
-        self, structure: torch.Tensor, label: torch.Tensor, where: torch.Tensor, *, smooth: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image and label read at `where`; `smooth` labels cost more and have no staircases."""
-        image = sample(structure, where)
-        if not smooth:
-            return image, sample(label, where, mode="nearest")
-        best, winner = torch.zeros_like(image), torch.zeros_like(image)
-        for index in np.unique(sample(label, where, mode="nearest").numpy()):
-            weight = sample((label == index).float(), where)
-            winner = torch.where(weight > best, float(index), winner)
-            best = torch.maximum(best, weight)
-        return image, winner

@@ -1,0 +1,39 @@
+"""What every benchmark shares: where results go and what machine made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+TRAIN_CONFIG = ROOT / "bundles/structdiff_cardiac/configs/train.json"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and versions, for the record."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "processor": capabilities.get("cpu_name", platform.processor()),
+        "native_bf16": bool(capabilities.get("avx512_bf16", False)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,214 @@
+"""What does each part of the guidance buy at equal training compute? Held-out phantoms, every arm with several seeds.
+
+    python -m custom.phantom make --output_dir runs/phantoms72 --subjects 30 --shape 72,72,72 --spacing_mm 2.0
+    python benchmarks/template_guidance.py --dataset_dir runs/phantoms72
+
+Every finished (arm, seed) is cached under `work_dir`, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from common import RESULTS, ROOT, TRAIN_CONFIG, machine, write_json
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
+
+from custom.inferers import StructDiffInferer
+from custom.metrics import MEASURES, texture_correlation
+from custom.pictures import save_sheet
+from custom.schedulers import ListedDDIMScheduler
+from custom.transforms import PaintPriord, RandTemplatePaird
+
+logger = logging.getLogger(__name__)
+
+CHAMBERS, VESSEL = [2, 3, 4, 5], [9]
+COLUMNS = {
+    "chamber_hu": ("label_mean_error", CHAMBERS),
+    "vessel_hu": ("label_mean_error", VESSEL),
+    "vessel_cl_dice": ("vessel_cl_dice", VESSEL),
+    "vessel_contrast": ("vessel_contrast_ratio", VESSEL),
+    "noise_ratio": ("grain_ratio", [2, 3, 4, 5, 6]),
+    "heart_mae": ("mean_absolute_error", list(range(1, 11))),
+    "background_mae": ("mean_absolute_error", [0]),
+}
+MASK_ONLY = {"mode_prob": [0.0, 1.0, 0.0], "use_prior": False}
+ARMS: dict[str, dict[str, Any]] = {
+    "mask only": MASK_ONLY,
+    "+ template inputs": {"use_prior": False},
+    "+ prior (default)": {},
+    "+ correspondence attention": {"network_def#correspondence_channels": 16},
+    "- preconditioning": {"no_sigma": True},
+    "- thin-label weight": {"thin_weight": 1.0},
+    "templates of other subjects": {"other_subject": True},
+}
+
+
+class OtherSubject:
+    """Replace the template of a pair by that of another subject, and let the prior follow it."""
+
+    def __init__(self, pair: RandTemplatePaird, pool: list[dict[str, Any]]) -> None:
+        self.pair, self.pool = pair, pool
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        other = self.pair(random.choice(self.pool))
+        keys = ("template_image", "template_label", "statistics", "grain_sd")
+        return {**item, **{key: other[key] for key in keys}}
+
+
+def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: dict[str, Any]) -> ConfigParser:
+    """The shipped training config at benchmark size, without logging and validation."""
+    parser = ConfigParser()
+    parser.read_config(str(TRAIN_CONFIG))
+    overrides = {k: v for k, v in overrides.items() if k not in ("no_sigma", "other_subject")}
+    small = {
+        "bundle_root": str(TRAIN_CONFIG.parent.parent),
+        "dataset_dir": dataset_dir,
+        "output_dir": str(work_dir),
+        "seed": seed,
+        "spacing_mm": [2.0, 2.0, 2.0],
+        "roi_size": [40, 40, 40],
+        "roi_margin": 12,
+        "network_def#channels": [16, 32, 64],
+        "samples_per_epoch": 50,
+        "max_epochs": steps // 25,
+    }
+    parser.update({**small, **overrides})
+    kept = ("SeedEachEpoch", "MeasureResidual", "LrScheduleHandler")
+    handlers = [h for h in parser["train"]["handlers"] if h == "@ema" or h["_target_"].split(".")[-1] in kept]
+    parser["train"]["handlers"] = handlers
+    parser.parse()
+    return parser
+
+
+def train(parser: ConfigParser, arm: dict[str, Any]) -> torch.nn.Module:
+    """Train one arm and return its averaged network."""
+    if arm.get("no_sigma"):
+        parser["train"]["handlers"] = [h for h in parser["train"]["handlers"] if h == "@ema" or "Measure" not in h["_target_"]]
+        parser.parse(True)
+    set_determinism(parser.get_parsed_content("seed"))
+    trainer = parser.get_parsed_content("train#trainer")
+    if arm.get("other_subject"):
+        dataset = parser.get_parsed_content("train#dataset")
+        crops = [t for t in dataset.transform.transforms if type(t).__name__ == "RandCropByLabelClassesd"][0]
+        pair = [t for t in dataset.transform.transforms if isinstance(t, RandTemplatePaird)][0]
+        pool = _Crops(dataset, crops)
+        dataset.transform.transforms = (*dataset.transform.transforms[:-1], OtherSubject(pair, pool), dataset.transform.transforms[-1])
+    trainer.run()
+    return parser.get_parsed_content("ema").ema_model.eval()
+
+
+class _Crops:
+    """Random crops of cached subjects, as a sequence `random.choice` can draw from."""
+
+    def __init__(self, dataset: Any, crop: Any) -> None:
+        self.dataset, self.crop = dataset, crop
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = dict(self.dataset._cache[index])
+        return self.crop(item)[0]
+
+
+def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
+    """Held-out subjects, as scanned, each with a deformed copy of itself as template (fixed seeds)."""
+    parser["validate"]["data"]["section"] = "test"
+    parser["validate"]["data"]["limit"] = cases
+    parser.parse(True)
+    from monai.transforms import Compose
+
+    read = Compose(parser.get_parsed_content("read"))
+    pair = RandTemplatePaird(spacing_mm=parser.get_parsed_content("spacing_mm"), undeformed_prob=1.0)
+    pairs = []
+    for index, case in enumerate(parser.get_parsed_content("validate#data")):
+        pair.set_random_state(seed=index)
+        pairs.append(pair(read(case)))
+    return pairs
+
+
+def measure(rendered: np.ndarray, pair: dict[str, Any], prior: np.ndarray) -> dict[str, float]:
+    """All columns of one rendered case."""
+    truth, label = pair["image"][0].numpy(), pair["label"][0].numpy().round().astype(np.int64)
+    row = {name: MEASURES[m](rendered, truth, label, labels) for name, (m, labels) in COLUMNS.items()}
+    row["template_copy"] = texture_correlation(rendered, pair["template_image"][0].numpy(), label == 0)
+    return row
+
+
+def evaluate(network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[str, Any], picture: Path) -> dict[str, float]:
+    """Mean columns over the held-out cases; draws the first case."""
+    mode = "mask_only" if arm.get("mode_prob") else "template"
+    paint = PaintPriord(nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"], mode=mode, use_prior=arm.get("use_prior", True))
+    inferer = StructDiffInferer(ListedDDIMScheduler(10), residual_scale_hu=100.0)
+    rows = []
+    for pair in pairs:
+        item = paint(pair)
+        rendered = inferer(item["context"][None], network, [pair["case"]])[0, 0].numpy()
+        rows.append(measure(rendered, pair, item["prior"][0].numpy()))
+        if len(rows) == 1:
+            label = pair["label"][0].numpy()
+            save_sheet(picture, [("true", pair["image"][0].numpy(), label), ("rendered", rendered, label)], vessel_labels=VESSEL)
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+
+
+def painted(pairs: list[dict[str, Any]], nominal_hu: list[float]) -> dict[str, float]:
+    """The no-network baseline: the prior itself with white noise of the template's level."""
+    rows = []
+    for index, pair in enumerate(pairs):
+        item = PaintPriord(nominal_hu=nominal_hu)(pair)
+        prior = item["prior"][0].numpy()
+        noise = np.random.default_rng(index).normal(0, float(pair["grain_sd"]), prior.shape)
+        rows.append(measure(prior + noise, pair, prior))
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+
+
+def main(
+    dataset_dir: str, work_dir: str = str(ROOT / "runs/template_guidance"), steps: int = 250, seeds: int = 3, cases: int = 4
+) -> None:
+    """Train and evaluate all arms; print the table and write benchmarks/results/template_guidance.json."""
+    work = Path(work_dir)
+    base = build(dataset_dir, work, steps, 0, {})
+    nominal = base.get_parsed_content("nominal_hu")
+    pairs = test_pairs(base, cases)
+    truth = [measure(p["image"][0].numpy(), p, p["image"][0].numpy()) for p in pairs]
+    table: dict[str, Any] = {
+        "true image (ceiling)": [{k: float(np.nanmean([row[k] for row in truth])) for k in truth[0]}],
+        "painted prior + white noise, no network": [painted(pairs, nominal)],
+    }
+    for seed in range(seeds):
+        for name, arm in ARMS.items():
+            cached = work / f"{name.replace(' ', '_')}_{seed}.json"
+            if not cached.exists():
+                start = time.perf_counter()
+                network = train(build(dataset_dir, work, steps, seed, arm), arm)
+                row = evaluate(network, pairs, arm, cached.with_suffix(".png"))
+                write_json(cached, {**row, "seconds": time.perf_counter() - start})
+            table.setdefault(name, []).append(json.loads(cached.read_text()))
+            logger.info("%s seed %d: %s", name, seed, table[name][-1])
+    summary = {
+        name: {k: {"mean": float(np.mean([r[k] for r in rows])), "sd": float(np.std([r[k] for r in rows]))} for k in rows[0]}
+        for name, rows in table.items()
+    }
+    write_json(
+        RESULTS / "template_guidance.json",
+        {"machine": machine(), "steps": steps, "seeds": seeds, "cases": cases, "summary": summary, "runs": table},
+    )
+    columns = [*COLUMNS, "template_copy"]
+    print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, row in summary.items():
+        print(f"| {name} | " + " | ".join(f"{row[c]['mean']:.3g} ± {row[c]['sd']:.2g}" for c in columns) + " |")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+    fire.Fire(main)
