@@ -238,7 +238,8 @@ def make_subject(
         spacing_mm: isotropic voxel size in (0, 2.5]; shape * spacing_mm must be at least 120 mm. A heart that would
             not fit is scaled down (144 mm hold a heart at about 80 %).
         artefacts: adds calcified plaques, contrast streaks and mixing, and motion of the right coronary artery.
-        appearance_seed: None means `seed`. Another value keeps the anatomy and redraws contrast, texture and noise.
+        appearance_seed: another value keeps the anatomy and redraws contrast, texture and noise. Contrast, noise level and
+            kernel then depend on it alone, so anatomies of one `appearance_seed` look alike; None draws them by subject.
 
     Returns:
         The subject; `parameters` records what was drawn.
@@ -255,7 +256,7 @@ def make_subject(
             raise ValueError(f"{name} must be at least 0, got {value}; choose a non-negative integer.")
     anatomy, draw = _draw_anatomy(seed, index, grid, spacing_mm)
     rng = np.random.default_rng([look_seed, index, 1])
-    look = _draw_appearance(rng)
+    look = _draw_appearance(rng if appearance_seed is None else np.random.default_rng([appearance_seed, 3]))
     hu = _paint(anatomy, look, spacing_mm, rng)
     found: dict[str, Any] = {}
     if artefacts:

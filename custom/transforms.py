@@ -10,7 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
-from monai.transforms import CenterSpatialCrop, MapTransform, Randomizable, Transform
+from monai.transforms import MapTransform, Randomizable, Transform
 from scipy import ndimage
 
 from custom.deformation import identity_coordinates, random_velocity, sample, template_coordinates
@@ -384,14 +384,14 @@ class RandTemplatePaird(Randomizable, Transform):
         grain = _plain(item["image"]) - _plain(item["structure"])
         scanned = structure + grain * self._gain
         target_at, template_at = self._coordinates(size)
-        crop = CenterSpatialCrop(self.roi_size if self.roi_size is not None else size)
+        centre = (..., *(slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, self.roi_size or size, strict=True)))
+        where = template_at[centre]
+        template = _sample_cubic(structure, where) + torch.roll(surrogate, self._roll, (2, 3, 4))[centre]
+        template_label = sample(label, where, mode="nearest")
         if self._deformed:
-            where = crop(target_at[0])[None]
-            image, target_label = _sample_cubic(scanned, where), _sample_labels(label, where)
+            image, target_label = _sample_cubic(scanned, target_at[centre]), _sample_labels(label, target_at[centre])
         else:
-            image, target_label = crop(scanned[0])[None], crop(label[0])[None]
-        where = crop(template_at[0])[None]
-        template = _sample_cubic(structure, where) + crop(torch.roll(surrogate, self._roll, (2, 3, 4))[0])[None]
+            image, target_label = scanned[centre], label[centre]
         statistics = label_statistics(scanned, label, len(shift))
         fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
         for key in ("structure", "surrogate"):
@@ -401,7 +401,7 @@ class RandTemplatePaird(Randomizable, Transform):
             "image": image[0],
             "label": target_label[0],
             "template_image": template[0],
-            "template_label": sample(label, where, mode="nearest")[0],
+            "template_label": template_label[0],
             "statistics": torch.where(statistics.isfinite(), statistics, fallback),
             "grain_sd": float(item["grain_sd"]) * self._gain,
         }
