@@ -13,8 +13,9 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import MapTransform, Randomizable, Transform
 from scipy import ndimage
 
-from custom.deformation import identity_coordinates, random_velocity, sample, template_coordinates
+from custom.deformation import identity_coordinates, random_velocity, sample
 from custom.networks import MODES
+from custom.registration import template_coordinates
 from custom.template import (
     complete_statistics,
     label_statistics,
