@@ -68,6 +68,39 @@ def load_cases(
     return cases
 
 
+def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Every mask with every template.
+
+    Args:
+        masks: target label maps.
+        templates: `{"image": file, "label": file}` of each template; empty renders every mask once without.
+
+    Returns:
+        dictionaries with `label`, `case` and, with a template, `template_image` and `template_label`. The case is
+        `<mask>_from_<template>`, or `<mask>` without template.
+
+    Raises:
+        FileNotFoundError: naming all missing files.
+        ValueError: when there is no mask, or two cases would have one name.
+    """
+    if not masks:
+        raise ValueError("masks: no target label map found; set `target_masks` (a list of files) in the config")
+    cases: list[dict[str, Any]] = []
+    for mask in masks:
+        for template in templates or [None]:  # type: ignore[list-item]
+            case = {"label": mask, "case": case_name(mask)}
+            if template is not None:
+                case |= {"template_image": template["image"], "template_label": template["label"]}
+                case["case"] += f"_from_{case_name(template['image'])}"
+            cases.append(case)
+    names = [case["case"] for case in cases]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"masks and templates: file names must differ, they give {repeated} more than once; rename them")
+    check_files(cases, "target masks and templates")
+    return cases
+
+
 def pending(cases: Sequence[dict[str, Any]], output_dir: str, suffix: str = ".nii.gz") -> list[dict[str, Any]]:
     """Cases whose result `output_dir/<case><suffix>` does not exist yet; results appear there only when complete."""
     return [case for case in cases if not os.path.isfile(os.path.join(output_dir, case["case"] + suffix))]

@@ -56,7 +56,7 @@ class PrepareResidualDiffusion(PrepareBatch):
 class PrepareRendering(PrepareBatch):
     """Batch -> (context, truth) for MONAI's `SupervisedEvaluator` with `StructDiffInferer`.
 
-    The truth is (B, 2, H, W, D): image in HU (NaN where there is none, in pure inference) and target label.
+    The truth is (B, 2, H, W, D), image in HU and target label; in pure inference it is the label map as it came.
     """
 
     def __call__(
@@ -64,6 +64,7 @@ class PrepareRendering(PrepareBatch):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, Any]]:
         """Pass case names on, so that every case keeps its own noise."""
         context = _move(batchdata, "context", device, non_blocking)
-        label = _move(batchdata, "label", device, non_blocking)
-        image = _move(batchdata, "image", device, non_blocking) if "image" in batchdata else torch.full_like(label, torch.nan)
-        return context, torch.cat([image, label], 1), (), {"cases": list(batchdata["case"])}
+        truth = batchdata["label"]
+        if "image" in batchdata:
+            truth = torch.cat([_move(batchdata, key, device, non_blocking) for key in ("image", "label")], 1)
+        return context, truth, (), {"cases": list(batchdata["case"])}

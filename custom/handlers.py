@@ -113,6 +113,39 @@ class Resume:
         ).attach(engine)
 
 
+class LoadWeights:
+    """Load trained weights before a run.
+
+    Args:
+        model: the network to fill.
+        path: its `model.pt`.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        ValueError: when it holds the weights of another network.
+    """
+
+    def __init__(self, model: torch.nn.Module, path: str) -> None:
+        self.model, self.path = model, path
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load."""
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt")
+        try:
+            self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            detail = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(
+                f"{self.path}: these are not weights of the configured network ({detail}); "
+                "use the `network_def` (preset) they were trained with"
+            ) from error
+
+
 class MeasureResidual:
     """Measure the residual's standard deviations before the first epoch; a resumed run keeps those it loaded.
 
