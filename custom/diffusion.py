@@ -64,7 +64,8 @@ def haar_unpack(x: torch.Tensor) -> torch.Tensor:
 
 def amplitudes(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Signal and noise amplitudes (a, s) of every sample, float32, shaped (B, 1, ..., 1) with `ndim` axes."""
-    alpha = alphas_cumprod[timesteps].float().reshape(-1, *[1] * (ndim - 1))
+    # MONAI's `DiffusionInferer.sample` passes whole numbers as float32.
+    alpha = alphas_cumprod[timesteps.long()].float().reshape(-1, *[1] * (ndim - 1))
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 
