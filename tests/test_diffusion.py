@@ -83,7 +83,9 @@ def test_space_to_depth_lists_block_offsets_fastest():
 @pytest.mark.parametrize("pack", [space_to_depth, haar_pack])
 @pytest.mark.parametrize("size", [(5, 4, 4), (4, 3, 4), (4, 4, 7)])
 def test_odd_sizes_cannot_be_packed(pack, size):
-    with pytest.raises(ValueError, match=r"x: spatial sizes must be even to be packed, got .*; pad the volume first") as error:
+    with pytest.raises(
+        ValueError, match=r"x: spatial sizes must be even to be packed, got .*; pad the volume first"
+    ) as error:
         pack(torch.zeros(1, 1, *size))
     assert str(size) in str(error.value)
 
@@ -93,7 +95,9 @@ def test_preconditioning_is_the_gaussian_posterior_of_the_velocity(a, sigma):
     """Conditional mean and variance of jointly Gaussian (v, x), from their covariance matrix."""
     a, sigma = torch.tensor(a, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
     s = (1 - a**2).sqrt()
-    mixing = torch.stack([torch.stack([-s * sigma, a]), torch.stack([a * sigma, s])])  # (v, x) from unit (x0 / sigma, eps)
+    mixing = torch.stack(
+        [torch.stack([-s * sigma, a]), torch.stack([a * sigma, s])]
+    )  # (v, x) from unit (x0 / sigma, eps)
     (var_v, cov), (_, var_x) = mixing @ mixing.T
     c_in, c_skip, c_out = precondition(a, s, sigma)
     torch.testing.assert_close(c_in, var_x.rsqrt())
