@@ -1,7 +1,7 @@
 """Layer 0: the formulas of the diffusion, one function each, on plain tensors.
 
-Symbols: a, s = signal and noise amplitude at time t (a^2 + s^2 = 1); x0 = clean residual; x = a x0 + s eps; v = a eps - s x0
-(Salimans & Ho 2022, eq. in appendix D); sigma = prior standard deviation of x0.
+Symbols: a, s = signal and noise amplitude at time t (a^2 + s^2 = 1); x0 = clean residual; x = a x0 + s eps;
+v = a eps - s x0 (Salimans & Ho 2022, eq. in appendix D); sigma = prior standard deviation of x0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _mix_bands(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 def haar_pack(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal 3D Haar transform, one level: (B, C, H, W, D) -> (B, 8C, H/2, W/2, D/2).
 
-    Lossless, keeps energy, and keeps white noise white, so a diffusion of the packed volume is the voxel diffusion. Band 0
-    of every channel is the low-pass band (2 sqrt(2) times the block mean).
+    Lossless, keeps energy, and keeps white noise white, so a diffusion of the packed volume is the voxel diffusion.
+    Band 0 of every channel is the low-pass band (2 sqrt(2) times the block mean).
 
     Raises:
         ValueError: when a spatial size is odd.
@@ -111,7 +111,7 @@ def ddim_step(
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pad the far end of each spatial axis of (B, C, H, W, D) by its edge value until it is a multiple of `multiple`."""
+    """Pad the far end of each spatial axis of (B, C, H, W, D) by its edge value up to a multiple of `multiple`."""
     missing = [-n % multiple for n in x.shape[2:]]
     if not any(missing):
         return x

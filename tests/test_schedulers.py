@@ -1,7 +1,8 @@
 """The sampler against the closed form of Gaussian data.
 
-For x0 ~ N(mu, sigma^2) the exact velocity is linear in x, so a deterministic DDIM step from (a, s) to (a', s') multiplies
-x - a mu by (a a' sigma^2 + s s') / (a^2 sigma^2 + s^2). The exact probability flow ends at mu + sigma (x_T - a_T mu) / sd_T.
+For x0 ~ N(mu, sigma^2) the exact velocity is linear in x, so a deterministic DDIM step from (a, s) to (a', s')
+multiplies x - a mu by (a a' sigma^2 + s s') / (a^2 sigma^2 + s^2). The exact probability flow ends at
+mu + sigma (x_T - a_T mu) / sd_T.
 """
 
 import math
