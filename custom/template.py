@@ -18,6 +18,8 @@ from custom.diffusion import haar_pack, space_to_depth
 
 _MIN_VOXELS = 8
 _BACKGROUND_SIGMA_VOXELS = 0.8
+_BORDER_VOXELS = 4
+_ROUND_OFF_HU = 1e-3
 _NOISE_RANGE_HU = (-200.0, 700.0)
 
 
@@ -72,7 +74,10 @@ def template_background(template_hu: torch.Tensor, template_label: torch.Tensor)
     """
     outside = F.max_pool3d((template_label > 0).float(), 3, 1, 1) == 0
     filled = fill_holes(template_hu, outside)
-    return GaussianFilter(3, _BACKGROUND_SIGMA_VOXELS)(filled)
+    # The filter pads with zeros: without the border repeated, air next to it would read -650 HU.
+    padded = F.pad(filled, (_BORDER_VOXELS,) * 6, mode="replicate")
+    inside = (..., *[slice(_BORDER_VOXELS, -_BORDER_VOXELS)] * 3)
+    return GaussianFilter(3, _BACKGROUND_SIGMA_VOXELS)(padded)[inside]
 
 
 def paint_prior(
@@ -141,7 +146,8 @@ def noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
     if not bool(inside.any()):
         return 0.0
     detail = bands[[3, 5, 6, 7]][:, inside]
-    return float(1.4826 * detail.abs().median())
+    sd = float(1.4826 * detail.abs().median())
+    return sd if sd > _ROUND_OFF_HU else 0.0
 
 
 def split_noise(image_hu: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
