@@ -45,12 +45,15 @@ def _vessels(truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> tup
 
 
 def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """Mean of the vessels over that of the tissue around them, rendered over true; NaN when either is empty."""
+    """Mean of the vessels over that of the tissue around them, rendered over true.
+
+    NaN when either is empty or the true image has no contrast there.
+    """
     vessel, around, _ = _vessels(truth, label, labels)
     if not vessel.any() or not around.any():
         return float("nan")
     contrasts = [float(image[vessel].mean() - image[around].mean()) for image in (rendered, truth)]
-    return contrasts[0] / contrasts[1]
+    return contrasts[0] / contrasts[1] if contrasts[1] else float("nan")
 
 
 def vessel_cl_dice(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
