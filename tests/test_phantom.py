@@ -114,6 +114,14 @@ def test_appearance_seed_keeps_the_anatomy_and_changes_the_image(subject: Subjec
     assert not np.array_equal(make_subject(7, 1, **COARSE).label, subject.label)
 
 
+def test_one_appearance_seed_gives_two_anatomies_one_look_and_different_noise() -> None:
+    a, b = (make_subject(7, index, appearance_seed=4, **COARSE) for index in range(2))
+    assert a.parameters["appearance"] == b.parameters["appearance"]
+    assert not np.array_equal(a.label, b.label)
+    noise = [(s.image.astype(float) - s.clean).ravel() for s in (a, b)]
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.05
+
+
 def test_artefacts_change_the_image_but_not_the_label(subject: Subject) -> None:
     other = make_subject(7, 0, artefacts=True, **COARSE)
     np.testing.assert_array_equal(other.label, subject.label)
