@@ -85,8 +85,8 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
         "max_epochs": steps // 25,
     }
     parser.update({**small, **overrides})
-    kept = ("SeedEachEpoch", "MeasureResidual", "LrScheduleHandler")
-    handlers = [h for h in parser["train"]["handlers"] if h == "@ema" or h["_target_"].split(".")[-1] in kept]
+    kept = ("declared", "SeedEachEpoch", "MeasureResidual", "LrScheduleHandler")
+    handlers = [h for h in parser["train"]["handlers"] if h["_target_"].split(".")[-1] in kept]
     parser["train"]["handlers"] = handlers
     parser.parse()
     return parser
@@ -95,7 +95,7 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
 def train(parser: ConfigParser, arm: dict[str, Any]) -> torch.nn.Module:
     """Train one arm and return its averaged network."""
     if arm.get("no_sigma"):
-        parser["train"]["handlers"] = [h for h in parser["train"]["handlers"] if h == "@ema" or "Measure" not in h["_target_"]]
+        parser["train"]["handlers"] = [h for h in parser["train"]["handlers"] if "Measure" not in h["_target_"]]
         parser.parse(True)
     set_determinism(parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")

@@ -14,7 +14,9 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.handlers import CheckpointLoader, CheckpointSaver
+from ignite.handlers import EMAHandler
+from monai.engines.utils import IterationEvents
+from monai.handlers import CheckpointLoader
 from monai.utils import CommonKeys as Keys
 
 from custom.diffusion import haar_pack, pad_to_multiple
@@ -82,35 +84,65 @@ def residual_sigma(
     return torch.where(total[:, 8:] > 0, measured, torch.ones_like(measured)).reshape(shape).float()
 
 
-class Resume:
-    """Save the whole state of a run after every epoch and take it up again when the run is started anew.
+def declared(handler: Any) -> Any:
+    """Return a handler that the config declares elsewhere, because other parts refer to it.
 
-    MONAI's `CheckpointSaver` and `CheckpointLoader`, with the engine they are attached to among what is saved, which a config
-    cannot name from inside the engine's own handlers. Saving comes after all other handlers of the epoch.
+    MONAI asks for handler lists of plain dictionaries; this is the dictionary around a reference.
+    """
+    return handler
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """`torch.save` to a neighbour, then move it in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+class Resume:
+    """Save the whole state of a run after every epoch, and take it up again when the run is started anew.
+
+    The engine it is attached to is part of the state, which a config cannot name from inside the engine's own handlers.
+    Saving comes after all other handlers of the epoch. Random state is not saved: see :class:`SeedEachEpoch`.
 
     Args:
         objects: name -> object with `state_dict` and `load_state_dict`.
-        directory: of the checkpoints; only the last is kept, written atomically.
+        path: of the one checkpoint file.
         device: where to load to.
     """
 
-    def __init__(self, objects: dict[str, Any], directory: str, device: torch.device) -> None:
-        self.objects, self.directory, self.device = objects, Path(directory), device
+    def __init__(self, objects: dict[str, Any], path: str, device: torch.device) -> None:
+        self.objects, self.path, self.device = objects, Path(path), device
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, before handlers that look at whether it was resumed."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Load the last checkpoint, if any, and begin to save."""
+        """Load the checkpoint, if any, and begin to save."""
         state = {**self.objects, "trainer": engine}
-        found = sorted(self.directory.glob("resume_checkpoint_epoch=*.pt"), key=os.path.getmtime)
-        if found:
-            CheckpointLoader(load_path=str(found[-1]), load_dict=state, map_location=self.device)(engine)
-            logger.info("resumed from %s at epoch %d", found[-1], engine.state.epoch)
-        CheckpointSaver(
-            save_dir=str(self.directory), save_dict=state, file_prefix="resume", save_interval=1, n_saved=1
-        ).attach(engine)
+        if self.path.exists():
+            CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.device)(engine)
+            logger.info("resumed from %s at epoch %d", self.path, engine.state.epoch)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save, state)
+
+    def save(self, engine: Engine, state: dict[str, Any]) -> None:
+        """Write the checkpoint."""
+        save_atomically({name: part.state_dict() for name, part in state.items()}, self.path)
+
+
+class WeightAverage(EMAHandler):
+    """ignite's moving average of the weights, over a window that grows with the iterations.
+
+    The momentum max(momentum, 10 / (10 + iteration)) is a function of the engine's iteration alone, so a resumed run
+    repeats it; ignite's own warm-up counts anew. About the last tenth of the run is averaged, as in Karras et al. 2024.
+    """
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        setattr(engine.state, name, max(self.momentum, 10 / (10 + engine.state.iteration)))
+        super()._update_ema_model(engine, name)
 
 
 class LoadWeights:
@@ -225,15 +257,12 @@ class KeepBest:
         if not score > self.best or idist.get_rank() != 0:
             return
         self.best = score
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(self.model.state_dict(), temporary)
-        os.replace(temporary, self.path)
+        save_atomically(self.model.state_dict(), self.path)
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
 
 
 class Previews:
-    """Write a PNG of the first cases of an evaluation: truth and rendering side by side.
+    """Write a PNG of the first cases of an evaluation: truth, where there is one, and rendering.
 
     Args:
         directory: of the pictures.
@@ -244,26 +273,30 @@ class Previews:
     def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1) -> None:
         self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
         self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._drawn = 0
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=1), self.collect)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def collect(self, engine: Engine) -> None:
         """Keep the first cases."""
-        if len(self._rows) >= 2 * self.cases or idist.get_rank() != 0:
+        if self._drawn >= self.cases or idist.get_rank() != 0:
             return
+        self._drawn += 1
         truth = engine.state.output[Keys.LABEL][0].cpu().numpy()  # type: ignore[index]
         rendered = engine.state.output[Keys.PRED][0, 0].cpu().numpy()  # type: ignore[index]
         case = engine.state.batch["case"][0]  # type: ignore[index]
-        self._rows += [(f"{case}: true", truth[0], truth[1]), (f"{case}: rendered", rendered, truth[1])]
+        if len(truth) == 2:
+            self._rows.append((f"{case}: true", truth[0], truth[1]))
+        self._rows.append((f"{case}: rendered", rendered, truth[-1]))
 
     def write(self, engine: Engine) -> None:
         """Write the picture."""
         if self._rows:
             save_sheet(self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels)
-        self._rows = []
+        self._rows, self._drawn = [], 0
 
 
 class MetricsTable:

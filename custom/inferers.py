@@ -18,7 +18,8 @@ _PRIOR = CONTEXT_CHANNELS.index("prior_hu")
 
 def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
     """Standard normal noise of one case: depends on seed, case name and shape alone, not on batch, order, rank or device."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(case.encode()))
+    # One 32-bit number from both: a CPU generator ignores the upper half of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(case.encode(), seed))
     return torch.randn(tuple(shape), generator=generator)
 
 
@@ -121,7 +122,7 @@ class StructDiffInferer(Inferer):
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
         size = tuple(context.shape[2:])
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
-        windows = windows_of(size, self.roi_size or size, self.overlap)
+        windows = windows_of(size, self.roi_size or [n + n % 2 for n in size], self.overlap)
         residual = self._denoise(noise, context, network, windows)
         return (residual * self.residual_scale_hu + context[:, _PRIOR : _PRIOR + 1]).clamp(*self.hu_range)
 

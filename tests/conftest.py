@@ -1,0 +1,65 @@
+"""Shared fixtures: a tiny phantom cohort and a way to run a bundle config in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from custom.phantom import make
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / "bundles/structdiff_cardiac"
+CONFIGS = BUNDLE / "configs"
+TINY = {
+    "network_def#channels": [8, 8],
+    "network_def#condition_channels": 4,
+    "spacing_mm": [3.0, 3.0, 3.0],
+}
+TINY_TRAINING = {
+    **TINY,
+    "roi_size": [24, 24, 24],
+    "roi_margin": 8,
+    "samples_per_epoch": 4,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "val_cases": 1,
+    "sampling_steps": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four phantoms of 58^3 at 2.5 mm: two for training, one for validation, one for test."""
+    directory = tmp_path_factory.mktemp("cohort")
+    make(str(directory), subjects=4, shape=(58, 58, 58), spacing_mm=2.5, validation_fraction=0.25, test_fraction=0.25)
+    return directory
+
+
+@pytest.fixture
+def workflow() -> Callable[..., ConfigWorkflow]:
+    """Build and initialise a workflow of the bundle from config names and overrides; logging to MLflow is left out."""
+
+    def build(*names: str, workflow_type: str = "train", mlflow: bool = False, **overrides: Any) -> ConfigWorkflow:
+        torch.set_num_threads(1)
+        result = ConfigWorkflow(
+            config_file=[str(CONFIGS / name) for name in names],
+            meta_file=str(CONFIGS / "metadata.json"),
+            logging_file=str(CONFIGS / "logging.conf"),
+            workflow_type=workflow_type,
+            bundle_root=str(BUNDLE),
+            **overrides,
+        )
+        if not mlflow:
+            for section in ("train", "validate"):
+                if section in result.parser.config:
+                    handlers = result.parser[section]["handlers"]
+                    result.parser[section]["handlers"] = [h for h in handlers if "MLFlow" not in str(h)]
+        result.initialize()
+        return result
+
+    return build
