@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +19,8 @@ _PRIOR = CONTEXT_CHANNELS.index("prior_hu")
 def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
     """Standard normal noise of one case: depends on seed, case name and shape alone, not on batch, order, rank or device."""
     # One 32-bit number from both: a CPU generator ignores the upper half of its seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(case.encode(), seed))
+    digest = hashlib.sha256(f"{seed}:{case}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     return torch.randn(tuple(shape), generator=generator)
 
 
