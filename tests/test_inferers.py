@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from custom.inferers import StructDiffInferer, blended, case_noise, windows_of
-from custom.networks import StructDiffUNet
+from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
 from custom.schedulers import ListedDDIMScheduler
 
 SIZES = [(17, 24, 9), (16, 16, 16), (33, 7, 20)]
@@ -30,7 +30,8 @@ class LocalNetwork:
 
 def make_context(size, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    context = 100 * torch.randn(batch, 5, *size, generator=generator)
+    context = 100 * torch.randn(batch, len(CONTEXT_CHANNELS), *size, generator=generator)
+    context[:, 4:] = 100  # HU: the residual unit is 1
     context[:, [0, 2]] = torch.randint(0, 3, (batch, 2, *size), generator=generator).float()
     return context
 
@@ -46,7 +47,7 @@ def network():
     for parameter in network.parameters():
         if not parameter.any():
             parameter.data.normal_(0, 0.02)
-    network.set_residual_sigma(torch.full((3, 4, 8), 0.5))
+    network.set_residual_sigma(torch.full_like(network.residual_sigma, 0.5))
     return network
 
 

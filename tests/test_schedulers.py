@@ -12,7 +12,7 @@ import torch
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDIMScheduler
 
-from custom.networks import StructDiffUNet
+from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
 from custom.schedulers import ListedDDIMScheduler, spaced_timesteps
 
 MU, SIGMA = 0.7, 0.3
@@ -148,9 +148,9 @@ def test_stock_inferer_samples_with_our_network():
     """MONAI's inferer passes times as float32 of shape (1,), whatever the batch."""
     torch.manual_seed(0)
     network = StructDiffUNet(num_labels=3, channels=(8, 16), condition_channels=4).eval()
-    network.set_residual_sigma(torch.full((3, 4, 8), SIGMA))
+    network.set_residual_sigma(torch.full_like(network.residual_sigma, SIGMA))
     scheduler = ListedDDIMScheduler([999, 500, 100])
-    x, context = noise(2 * 8**3).float().reshape(2, 1, 8, 8, 8), torch.zeros(2, 5, 8, 8, 8)
+    x, context = noise(2 * 8**3).float().reshape(2, 1, 8, 8, 8), torch.zeros(2, len(CONTEXT_CHANNELS), 8, 8, 8)
     result = DiffusionInferer(scheduler).sample(x, network, conditioning=context, verbose=False)
     expected = x
     with torch.no_grad():
