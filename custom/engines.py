@@ -30,7 +30,7 @@ class PrepareResidualDiffusion(PrepareBatch):
     def residual(
         self, batchdata: dict[str, Any], device: Any, non_blocking: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled residual (B, 1, H, W, D) and context (B, 5, H, W, D) on the device."""
+        """Scaled residual (B, 1, H, W, D) and context (B, 6, H, W, D) on the device."""
         image, prior, context = (_move(batchdata, key, device, non_blocking) for key in ("image", "prior", "context"))
         return (image - prior) / self.residual_scale_hu, context
 

@@ -21,7 +21,7 @@ from monai.utils import CommonKeys as Keys
 
 from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
-from custom.networks import StructDiffUNet, context_modes, residual_regions
+from custom.networks import StructDiffUNet, context_modes, residual_regions, residual_unit
 from custom.pictures import save_sheet
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SeedEachEpoch:
 def residual_sigma(
     batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, network: StructDiffUNet, device: torch.device
 ) -> torch.Tensor:
-    """Root mean square of the packed residual per (mode, region, Haar band).
+    """Root mean square of the packed residual, in its unit, per (mode, region, Haar band).
 
     Args:
         batches: training batches.
@@ -76,8 +76,9 @@ def residual_sigma(
     for batch in batches:
         residual, context = prepare.residual(batch, device)
         residual, context = pad_to_multiple(residual, 2), pad_to_multiple(context, 2)
-        cell = context_modes(context).view(-1, 1, 1, 1) * shape[1] + residual_regions(context[:, :1], context[:, 3:4])
-        squares = haar_pack(residual).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
+        region = residual_regions(context[:, :1], context[:, 3:4])
+        cell = context_modes(context).view(-1, 1, 1, 1) * shape[1] + region
+        squares = (haar_pack(residual) / residual_unit(context, region)).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
         total.index_add_(0, cell.flatten(), torch.cat([squares, torch.ones_like(squares[:, :1])], 1))
     total = idist.all_reduce(total)
     measured = (total[:, :8] / total[:, 8:]).sqrt().clamp(min=_MIN_SIGMA)

@@ -108,7 +108,7 @@ class StructDiffInferer(Inferer):
         """Render a batch.
 
         Args:
-            inputs: context (B, 5, H, W, D).
+            inputs: context (B, 6, H, W, D).
             network: in evaluation mode.
             cases: name of every sample, which fixes its noise.
 

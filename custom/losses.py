@@ -59,7 +59,7 @@ class StructDiffLoss(_Loss):
         Args:
             input: predicted velocity (B, 1, H, W, D).
             target: `velocity` (B, 1, H, W, D), `output_scale` c_out (B, 8, h, w, d) on the padded packed grid, `label`
-                (B, 1, H, W, D); with the attention also `context` (B, 5, H, W, D) and `image` (B, 1, H, W, D) HU.
+                (B, 1, H, W, D); with the attention also `context` (B, 6, H, W, D) and `image` (B, 1, H, W, D) HU.
 
         Returns:
             scalar.

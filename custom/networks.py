@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from custom.diffusion import amplitudes, haar_pack, haar_unpack, pad_to_multiple, precondition
 from custom.diffusion import space_to_depth as pack_blocks
 
-CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu")
+CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu", "grain_sd_hu")
 """Channels of `context`, in order. A dropped label map is -1 everywhere, a dropped template image is 0."""
 
 MODES = ("template", "mask_only", "unconditional")
-REGIONS = ("soft_background", "lung", "interior", "edge")
+REGIONS = ("soft_background", "lung", "interior", "label_edge", "background_edge")
 _LUNG_BELOW_HU = -400.0
+_EDGE_RANGE_HU = 100.0
+_MIN_UNIT_HU = 5.0
 _HU_UNIT = 500.0
 
 
@@ -66,19 +68,35 @@ def residual_regions(target_label: torch.Tensor, prior_hu: torch.Tensor) -> torc
     """Region index (see REGIONS) of every packed voxel (ours).
 
     The residual is small and noise-like inside a label, large where labels meet (partial volume), different again in the
-    background, whose prior is a warped image: soft tissue or lung.
+    background, whose prior is a warped image: soft tissue, lung, and where that image has edges that may be misplaced.
 
     Args:
-        target_label, prior_hu: (B, 1, H, W, D).
+        target_label, prior_hu: (B, 1, H, W, D), even sizes.
 
     Returns:
         (B, h, w, d) int64.
     """
-    edge = F.max_pool3d(_on_boundary(target_label), 2) > 0
+    label_edge = F.max_pool3d(_on_boundary(target_label), 2) > 0
     interior = F.max_pool3d(target_label, 2) > 0
-    lung = F.avg_pool3d(prior_hu, 2) < _LUNG_BELOW_HU
-    region = torch.where(edge, 3, torch.where(interior, 2, torch.where(lung, 1, 0)))
-    return region[:, 0]
+    prior = F.avg_pool3d(prior_hu, 2)
+    spread = F.max_pool3d(prior, 3, 1, 1) + F.max_pool3d(-prior, 3, 1, 1)
+    background = torch.where(spread > _EDGE_RANGE_HU, 4, torch.where(prior < _LUNG_BELOW_HU, 1, 0))
+    return torch.where(label_edge, 3, torch.where(interior, 2, background))[:, 0]
+
+
+def residual_unit(context: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """What the residual's standard deviation is proportional to, (B, 8, h, w, d) in units of 100 HU (ours).
+
+    Away from edges the detail bands scale with the template's grain and the low-pass band with the painted label sd, so one
+    table serves quiet and noisy scans. At edges it is contrast that counts: the unit is 1.
+
+    Args:
+        context: (B, 6, H, W, D), even sizes.
+        region: (B, h, w, d), from :func:`residual_regions`.
+    """
+    spread, grain = F.avg_pool3d(context[:, 4:6], 2).clamp(min=_MIN_UNIT_HU).div(100).split(1, 1)
+    unit = torch.cat([spread, grain.expand(-1, 7, -1, -1, -1)], 1)
+    return torch.where((region >= 3)[:, None], torch.ones_like(unit), unit)
 
 
 def context_modes(context: torch.Tensor) -> torch.Tensor:
@@ -128,7 +146,7 @@ class CorrespondenceAttention(nn.Module):
         return pack_blocks(F.avg_pool3d(image_hu / _HU_UNIT, CorrespondenceAttention.stride // 2))
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        """(B, 5, H, W, D) context, sizes divisible by 8 -> (B, channels, H/2, W/2, D/2) attended features."""
+        """(B, 6, H, W, D) context, sizes divisible by 8 -> (B, channels, H/2, W/2, D/2) attended features."""
         image = self.image_encoder(self.coarse(context[:, 1:2]))
         attended = self.affinity(context).softmax(-1) @ image.flatten(2).transpose(1, 2)
         attended = attended.transpose(1, 2).reshape(image.shape)
@@ -181,7 +199,7 @@ class StructDiffUNet(nn.Module):
         self.num_labels, self.amp = num_labels, amp
         self.size_multiple = max(2 ** len(channels), CorrespondenceAttention.stride if correspondence_channels else 2)
         self.condition_encoder = nn.Sequential(
-            nn.Conv3d(8 * (2 * num_labels + 3), condition_channels, 1),
+            nn.Conv3d(8 * (2 * num_labels + 2) + 2, condition_channels, 1),
             nn.SiLU(),
             nn.Conv3d(condition_channels, condition_channels, 3, padding=1),
         )
@@ -201,13 +219,15 @@ class StructDiffUNet(nn.Module):
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.register_buffer("residual_sigma", torch.ones(len(MODES), len(REGIONS), 8))
         self.alphas_cumprod: torch.Tensor
+        self.register_buffer("measured", torch.tensor(False))
         self.residual_sigma: torch.Tensor
+        self.measured: torch.Tensor
 
     def set_residual_sigma(self, sigma: torch.Tensor) -> None:
         """Set the measured standard deviations of the packed residual.
 
         Args:
-            sigma: (modes, regions, 8), in units of the scaled residual, > 0.
+            sigma: (modes, regions, 8), multiples of :func:`residual_unit`, > 0.
 
         Raises:
             ValueError: on another shape or values that are not finite and positive.
@@ -217,6 +237,7 @@ class StructDiffUNet(nn.Module):
                 f"sigma: must be finite, positive and shaped {tuple(self.residual_sigma.shape)}, got {tuple(sigma.shape)}"
             )
         self.residual_sigma.copy_(sigma)
+        self.measured.fill_(True)
 
     def _check(self, context: torch.Tensor) -> None:
         if context.ndim != 5 or context.shape[1] != len(CONTEXT_CHANNELS):
@@ -234,13 +255,14 @@ class StructDiffUNet(nn.Module):
         region = residual_regions(context[:, :1], context[:, 3:4])
         table = self.residual_sigma[context_modes(context)]
         rows = torch.arange(len(context), device=context.device).view(-1, 1, 1, 1)
-        return table[rows, region].permute(0, 4, 1, 2, 3)
+        sigma = table[rows, region].permute(0, 4, 1, 2, 3)
+        return torch.where(self.measured, sigma * residual_unit(context, region), torch.ones_like(sigma))
 
     def encode(self, context: torch.Tensor) -> Condition:
         """Encode what does not depend on time.
 
         Args:
-            context: (B, 5, H, W, D), channels as in CONTEXT_CHANNELS; labels as ids, images in HU; any size.
+            context: (B, 6, H, W, D), channels as in CONTEXT_CHANNELS; labels as ids, images in HU; any size.
 
         Returns:
             the condition on the padded packed grid.
@@ -255,7 +277,8 @@ class StructDiffUNet(nn.Module):
             inputs = [
                 one_hot_blocks(context[:, :1], self.num_labels),
                 one_hot_blocks(context[:, 2:3], self.num_labels),
-                haar_pack(context[:, [1, 3, 4]] / _HU_UNIT),
+                haar_pack(context[:, [1, 3]] / _HU_UNIT),
+                F.avg_pool3d(context[:, 4:6] / 100, 2),
             ]
             features = self.condition_encoder(torch.cat(inputs, 1))
             if self.correspondence is not None:
@@ -278,7 +301,7 @@ class StructDiffUNet(nn.Module):
         Args:
             x: (B, 1, H, W, D) noisy scaled residual, any size.
             timesteps: (B,) int64.
-            context: (B, 5, H, W, D), see :meth:`encode`.
+            context: (B, 6, H, W, D), see :meth:`encode`.
 
         Returns:
             (B, 1, H, W, D) velocity a eps - s x0.

@@ -225,7 +225,7 @@ class AlignTemplated(Transform):
 
 
 class PaintPriord(Transform):
-    """Add `prior` (1, H, W, D) HU and `context` (5, H, W, D), see `custom.networks.CONTEXT_CHANNELS`.
+    """Add `prior` (1, H, W, D) HU and `context` (6, H, W, D), see `custom.networks.CONTEXT_CHANNELS`.
 
     Needs `label`, `template_image`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
 
@@ -264,7 +264,8 @@ class PaintPriord(Transform):
             prior, sd = paint_prior(label, table, flat, 0.0)
         elif mode == "unconditional":
             target = none
-        context = torch.cat([target, template, template_label, prior, sd], 1)
+        grain = torch.full_like(label, float(data["grain_sd"]) if mode == "template" else 0.0)
+        context = torch.cat([target, template, template_label, prior, sd, grain], 1)
         return {**data, "prior": _like(prior, data["label"]), "context": _like(context, data["label"])}
 
     def _statistics(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:

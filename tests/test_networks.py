@@ -15,6 +15,7 @@ from custom.networks import (
     one_hot_blocks,
     output_scale,
     residual_regions,
+    residual_unit,
 )
 
 NUM_LABELS = 4
@@ -45,8 +46,15 @@ def make_context(size, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, NUM_LABELS, (batch, 2, *size), generator=generator).float()
     images = 300 * torch.randn(batch, 2, *size, generator=generator)
-    sd = 30 * torch.rand(batch, 1, *size, generator=generator)
+    sd = 10 + 30 * torch.rand(batch, len(CONTEXT_CHANNELS) - 4, *size, generator=generator)
     return torch.cat([labels[:, :1], images[:, :1], labels[:, 1:], images[:, 1:], sd], 1)
+
+
+def blank_context(size, batch=1):
+    """Background only, everything at 0 HU, and spreads of 100 HU: the residual unit is 1 everywhere."""
+    context = torch.zeros(batch, len(CONTEXT_CHANNELS), *size)
+    context[:, 4:] = 100.0
+    return context
 
 
 def noise(*shape, seed=3):
@@ -77,7 +85,7 @@ def test_fresh_network_predicts_the_gaussian_posterior_mean(sigma):
     network.set_residual_sigma(torch.full_like(network.residual_sigma, sigma))
     x, timesteps = noise(2, 1, 12, 9, 14), torch.tensor([50, 800])
     with torch.no_grad():
-        velocity = network(x, timesteps, make_context((12, 9, 14), 2))
+        velocity = network(x, timesteps, blank_context((12, 9, 14), 2))
     alpha = network.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
     expected = (alpha * (1 - alpha)).sqrt() * (1 - sigma**2) / (alpha * sigma**2 + 1 - alpha) * x
     torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=1e-6)
@@ -91,7 +99,7 @@ def test_sigma_table_acts_band_by_band():
     network.set_residual_sigma(table)
     x, t = noise(1, 1, 8, 8, 8), torch.tensor([400])
     with torch.no_grad():
-        velocity = network(x, t, make_context((8, 8, 8)))
+        velocity = network(x, t, blank_context((8, 8, 8)))
     a, s = amplitudes(network.alphas_cumprod, t, 5)
     means = F.interpolate(F.avg_pool3d(x, 2), scale_factor=2, mode="nearest")
     torch.testing.assert_close(velocity, precondition(a, s, torch.tensor(0.1))[1] * means, rtol=1e-5, atol=1e-6)
@@ -113,7 +121,7 @@ def test_a_sample_does_not_depend_on_its_batch(correspondence_channels):
     with torch.no_grad():
         together = network(x, timesteps, context)
         alone = torch.cat([network(x[i : i + 1], timesteps[i : i + 1], context[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("correspondence_channels", [0, 8])
@@ -136,7 +144,7 @@ def test_every_context_channel_changes_the_velocity(network, channel):
 
 
 def test_dropped_label_maps_select_the_mode():
-    context = torch.zeros(4, 5, 4, 4, 4)  # background only, but present
+    context = blank_context((4, 4, 4), 4)  # background only, but present
     context[1, 2] = -1
     context[2, 0] = context[2, 2] = -1
     context[3, 0, 0, 0, 0] = 3
@@ -148,7 +156,7 @@ def test_modes_and_regions_read_their_own_row_of_sigma():
     network = make_network()
     table = torch.arange(1.0, 1 + network.residual_sigma.numel()).view_as(network.residual_sigma)
     network.set_residual_sigma(table)
-    context = torch.zeros(2, 5, 8, 8, 8)
+    context = blank_context((8, 8, 8), 2)
     context[1, 2] = -1  # mask only
     context[:, 3, :4] = -900.0  # lung in the first half
     sigma = network.sigma_map(context)
@@ -160,28 +168,55 @@ def test_modes_and_regions_read_their_own_row_of_sigma():
 
 
 def test_regions_of_a_cube():
-    """Cube of label 1 at voxels 4 to 11: its face neighbours, voxels 3 and 12, are edge too; lung from 14 on."""
-    label, prior = torch.zeros(1, 1, 16, 16, 16), torch.zeros(1, 1, 16, 16, 16)
+    """Cube of label 1 at voxels 4 to 11: its face neighbours, voxels 3 and 12, are edge too; lung from voxel 16 on."""
+    label, prior = torch.zeros(1, 1, 16, 16, 24), torch.zeros(1, 1, 16, 16, 24)
     label[..., 4:12, 4:12, 4:12] = 1
-    prior[..., 14:] = -900.0
+    prior[..., 16:] = -900.0
     region = residual_regions(label, prior)
-    assert region.shape == (1, 8, 8, 8)
-    expected = torch.zeros(8, 8, 8, dtype=torch.long)
-    expected[..., 7] = REGIONS.index("lung")
-    expected[2:6, 2:6, 2:6] = REGIONS.index("edge")
-    expected[3:5, 3:5, 3:5] = REGIONS.index("interior")
+    assert region.shape == (1, 8, 8, 12)
+    expected = torch.zeros(8, 8, 12, dtype=torch.long)
+    expected[..., 9:] = REGIONS.index("lung")
+    expected[..., 7:9] = REGIONS.index("background_edge")
     for axis in range(3):
-        slab = torch.zeros(8, 8, 8, dtype=torch.bool).transpose(0, axis)
-        slab[1, 2:6, 2:6] = slab[6, 2:6, 2:6] = True
-        expected[slab.transpose(0, axis)] = REGIONS.index("edge")
+        grown = [slice(2, 6)] * 3
+        grown[axis] = slice(1, 7)
+        expected[tuple(grown)] = REGIONS.index("label_edge")
+    expected[3:5, 3:5, 3:5] = REGIONS.index("interior")
     assert torch.equal(region[0], expected)
+
+
+@pytest.mark.parametrize(("step_hu", "region"), [(99.0, "soft_background"), (101.0, "background_edge")])
+def test_background_edges_begin_at_a_hundred_hu(step_hu, region):
+    prior = torch.zeros(1, 1, 8, 2, 2)
+    prior[:, :, 4:] = step_hu
+    regions = residual_regions(torch.zeros_like(prior), prior)[0, :, 0, 0]
+    assert [REGIONS[i] for i in regions] == ["soft_background", region, region, "soft_background"]
+
+
+def test_unit_is_the_label_spread_for_means_and_the_grain_for_details():
+    context = blank_context((8, 2, 2))
+    context[:, 4], context[:, 5] = 40.0, 25.0
+    context[:, 5, 2:] = 1.0  # grain below 5 HU counts as 5
+    region = torch.tensor([0, 2, REGIONS.index("label_edge"), REGIONS.index("background_edge")]).view(1, 4, 1, 1)
+    unit = residual_unit(context, region)[0, :, :, 0, 0]
+    assert unit.shape == (8, 4)
+    torch.testing.assert_close(unit[0], torch.tensor([0.4, 0.4, 1.0, 1.0]))
+    torch.testing.assert_close(unit[1:], torch.tensor([0.25, 0.05, 1.0, 1.0]).expand(7, -1))
+
+
+def test_unmeasured_network_has_unit_sigma_whatever_the_context():
+    network, context = make_network(), blank_context((8, 8, 8))
+    context[:, 4:] = 30.0
+    assert torch.equal(network.sigma_map(context), torch.ones(1, 8, 4, 4, 4))
+    network.set_residual_sigma(torch.ones_like(network.residual_sigma))
+    torch.testing.assert_close(network.sigma_map(context), torch.full((1, 8, 4, 4, 4), 0.3))
 
 
 def test_boundary_between_two_labels_is_edge():
     label = torch.ones(1, 1, 8, 4, 4)
     label[:, :, 4:] = 2
     region = residual_regions(label, torch.zeros_like(label))
-    assert [REGIONS[i] for i in region[0, :, 0, 0]] == ["interior", "edge", "edge", "interior"]
+    assert [REGIONS[i] for i in region[0, :, 0, 0]] == ["interior", "label_edge", "label_edge", "interior"]
 
 
 def test_a_dropped_mask_has_no_edges():
@@ -200,7 +235,7 @@ def test_output_scale_is_the_posterior_deviation_of_each_band():
     network = make_network()
     table = 0.1 + noise(len(MODES), len(REGIONS), 8).abs()
     network.set_residual_sigma(table)
-    context, t = torch.zeros(1, 5, 7, 8, 8), torch.tensor([600])
+    context, t = blank_context((7, 8, 8)), torch.tensor([600])
     scale = output_scale(network, context, t)
     assert scale.shape == (1, 8, 4, 4, 4)
     alpha = network.alphas_cumprod[600]
@@ -208,21 +243,26 @@ def test_output_scale_is_the_posterior_deviation_of_each_band():
     torch.testing.assert_close(scale[0, :, 1, 2, 3], sigma / (alpha * sigma**2 + 1 - alpha).sqrt())
 
 
-@pytest.mark.parametrize(
-    "sigma",
-    [torch.ones(3, 4), torch.ones(8), torch.zeros(3, 4, 8), -torch.ones(3, 4, 8), torch.full((3, 4, 8), torch.nan)],
-    ids=["two axes", "one axis", "zero", "negative", "nan"],
-)
-def test_bad_sigma_is_refused_and_leaves_the_old_one(sigma):
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_sigma_is_refused_and_leaves_the_old_one(value):
     network = make_network()
-    with pytest.raises(ValueError, match=r"sigma: must be finite, positive and shaped \(3, 4, 8\), got"):
+    sigma = torch.ones_like(network.residual_sigma)
+    sigma[0, 1, 2] = value
+    with pytest.raises(ValueError, match="sigma: must be finite, positive and shaped"):
         network.set_residual_sigma(sigma)
-    assert torch.equal(network.residual_sigma, torch.ones(3, 4, 8))
+    assert torch.equal(network.residual_sigma, torch.ones(len(MODES), len(REGIONS), 8))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8, 8), (5, 8, 8, 8), (1, 6, 8, 8, 8)])
+@pytest.mark.parametrize("shape", [(3, 2), (8,), (1, 3, 5, 8)])
+def test_sigma_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"sigma: must be finite, positive and shaped \(3, 5, 8\), got") as error:
+        make_network().set_residual_sigma(torch.ones(shape))
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8, 8), (6, 8, 8, 8), (1, 7, 8, 8, 8)])
 def test_malformed_context_is_refused(network, shape):
-    with pytest.raises(ValueError, match=r"context: must be \(B, 5, H, W, D\) with channels .*prior_hu.* got") as error:
+    with pytest.raises(ValueError, match=r"context: must be \(B, 6, H, W, D\) with channels .*prior_hu.* got") as error:
         network.encode(torch.zeros(shape))
     assert str(shape) in str(error.value)
 
@@ -230,7 +270,7 @@ def test_malformed_context_is_refused(network, shape):
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8, 8), (1, 1, 8, 8, 6)])
 def test_x_must_fit_the_context(network, shape):
     with pytest.raises(ValueError, match="x .* and context .*: batch and spatial sizes must agree"):
-        network(torch.zeros(shape), torch.tensor([3]), torch.zeros(1, 5, 8, 8, 8))
+        network(torch.zeros(shape), torch.tensor([3]), blank_context((8, 8, 8)))
 
 
 def test_one_label_is_refused():
@@ -242,6 +282,7 @@ def test_state_dict_keeps_sigma_and_velocity(network):
     copy = make_network(seed=7)
     copy.load_state_dict(network.state_dict())
     assert torch.equal(copy.residual_sigma, network.residual_sigma)
+    assert copy.measured
     x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([300]), make_context((8, 8, 8))
     with torch.no_grad():
         assert torch.equal(copy(x, t, context), network(x, t, context))
@@ -274,7 +315,7 @@ def block_volume(values):
 
 
 def block_context(template_labels, template_values):
-    context = torch.zeros(1, 5, 16, 16, 16)
+    context = blank_context((16, 16, 16))
     context[:, :1] = block_volume(range(BLOCKS))
     context[:, 1:2] = block_volume(template_values)
     context[:, 2:3] = block_volume(template_labels)
