@@ -110,6 +110,41 @@ def ddim_step(
     return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * eps, x0
 
 
+def angle(a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Angle psi = atan2(s, a sigma) of the preconditioned sample y = c_in x = cos(psi) z + sin(psi) eps, z = x0 / sigma (ours).
+
+    pi/2 is pure noise, 0 is clean. The probability flow is dy/dpsi = F(y), with F the output of the preconditioned network.
+    """
+    s = s.expand(torch.broadcast_shapes(s.shape, sigma.shape))
+    return torch.atan2(s, a * sigma)
+
+
+def angle_step(
+    y: torch.Tensor,
+    f: torch.Tensor,
+    step: torch.Tensor,
+    previous: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """One second-order Adams-Bashforth step of dy/dpsi = F (ours); the first step of a trajectory is Euler's.
+
+    Where the residual is Gaussian grain, F = 0 and y does not change: the grain keeps its exact spread at any number of
+    steps. DDIM multiplies y by the cosine of every step instead and loses a fifth of the grain at 10 steps.
+
+    Args:
+        y: preconditioned sample at psi.
+        f: F(y) there.
+        step: change of psi, negative towards the image; broadcastable to y.
+        previous: F and step of the step before, or None.
+
+    Returns:
+        the sample at psi + step.
+    """
+    if previous is not None:
+        f_before, step_before = previous
+        f = f + step / step_before / 2 * (f - f_before)
+    return y + step * f
+
+
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pad the far end of each spatial axis of (B, C, H, W, D) by its edge value up to a multiple of `multiple`."""
     missing = [-n % multiple for n in x.shape[2:]]

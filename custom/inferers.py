@@ -10,6 +10,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from tqdm import tqdm
 
+from custom.diffusion import amplitudes, angle, angle_step, haar_pack, haar_unpack, pad_to_multiple, precondition
 from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
 from custom.schedulers import ListedDDIMScheduler
 
@@ -62,7 +63,9 @@ def blended(
 
 
 class StructDiffInferer(Inferer):
-    """Render HU volumes from contexts by DDIM; large volumes by windows blended at every step, so without seams.
+    """Render HU volumes from contexts; large volumes by windows blended at every step, so without seams.
+
+    The times are explicit; between them the deterministic probability flow is followed to second order (`angle_step`).
 
     Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded conditions.
 
@@ -128,8 +131,9 @@ class StructDiffInferer(Inferer):
         return (residual * self.residual_scale_hu + context[:, _PRIOR : _PRIOR + 1]).clamp(*self.hu_range)
 
     def _denoise(
-        self, x: torch.Tensor, context: torch.Tensor, network: StructDiffUNet, windows: Sequence[tuple[slice, ...]]
+        self, noise: torch.Tensor, context: torch.Tensor, network: StructDiffUNet, windows: Sequence[tuple[slice, ...]]
     ) -> torch.Tensor:
+        """Scaled residual of a batch: the probability flow in the preconditioned angle, from noise to image."""
         cache: dict[int, Condition] = {}
 
         def condition(index: int) -> Condition:
@@ -140,8 +144,20 @@ class StructDiffInferer(Inferer):
                 cache[index] = encoded
             return encoded
 
-        for t in tqdm(self.scheduler.timesteps.tolist(), desc="rendering", disable=not self.progress, leave=False):
-            timesteps = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-            velocity = blended(lambda part, i, ts=timesteps: network.denoise(part, ts, condition(i)), x, windows)
-            x, _ = self.scheduler.step(velocity, t, x)
-        return x
+        inside = (..., *(slice(n) for n in noise.shape[2:]))
+        sigma = network.sigma_map(pad_to_multiple(context, 2))
+        y, previous = haar_pack(pad_to_multiple(noise, 2)), None
+        times = self.scheduler.timesteps.tolist()
+        alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image
+        for t, following in tqdm(
+            list(zip(times, [*times[1:], -1], strict=True)), desc="rendering", disable=not self.progress, leave=False
+        ):
+            timesteps = torch.full((len(noise),), t, dtype=torch.long, device=noise.device)
+            a, s = amplitudes(alphas, timesteps, y.ndim)
+            c_in, c_skip, c_out = precondition(a, s, sigma)
+            x = haar_unpack(y / c_in)
+            velocity = blended(lambda part, i, ts=timesteps: network.denoise(part, ts, condition(i)), x[inside], windows)
+            f = (haar_pack(pad_to_multiple(velocity, 2)) - c_skip * y / c_in) / c_out
+            step = angle(*amplitudes(alphas, torch.full_like(timesteps, following), y.ndim), sigma) - angle(a, s, sigma)
+            y, previous = angle_step(y, f, step, previous), (f, step)
+        return haar_unpack(sigma * y)[inside]

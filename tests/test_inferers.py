@@ -18,6 +18,10 @@ class LocalNetwork:
 
     def __init__(self):
         self.encoded = []
+        self.alphas_cumprod = ListedDDIMScheduler().alphas_cumprod
+
+    def sigma_map(self, context):
+        return torch.ones(len(context), 8, *(n // 2 for n in context.shape[2:]))
 
     def encode(self, context):
         self.encoded.append(tuple(context.shape[2:]))
@@ -100,15 +104,26 @@ def test_windows_of_a_local_predictor_change_nothing(size, overlap):
     torch.testing.assert_close(windowed / SCALE_HU, whole / SCALE_HU, rtol=0, atol=1e-5)
 
 
-def test_rendering_is_ddim_of_the_case_noise_on_top_of_the_prior():
-    """One network call: x0 = a x - s v, times the scale, plus the prior (channel 3)."""
-    context = make_context((6, 5, 4))
+def test_one_step_rendering_is_an_euler_step_of_the_case_noise_on_top_of_the_prior():
+    """One network call and sigma = 1: x0 = x - psi v with psi the angle of the time, times the scale, plus the prior."""
+    context = make_context((6, 4, 4))
     result = make_inferer([600], seed=7)(context, LocalNetwork(), ["patient"])
     alpha = ListedDDIMScheduler([600]).alphas_cumprod[600]
-    x = case_noise((1, 6, 5, 4), 7, "patient")[None]
+    x = case_noise((1, 6, 4, 4), 7, "patient")[None]
     v = (0.2 + 600 / 2000) * x - 0.01 * context[:, :1] + 0.001 * context[:, 1:2]
-    expected = SCALE_HU * (alpha.sqrt() * x - (1 - alpha).sqrt() * v) + context[:, 3:4]
-    torch.testing.assert_close(result, expected)
+    expected = SCALE_HU * (x - torch.atan2((1 - alpha).sqrt(), alpha.sqrt()) * v) + context[:, 3:4]
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_gaussian_residual_keeps_its_spread_at_any_number_of_steps(steps):
+    """With F = 0, the exact answer for Gaussian grain, the residual has the tabulated sd; DDIM would shrink it."""
+    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4).eval()  # fresh: F = 0
+    network.set_residual_sigma(torch.full_like(network.residual_sigma, 0.3))
+    context = torch.zeros(1, len(CONTEXT_CHANNELS), 24, 24, 24)
+    context[:, 4:] = 100  # HU: the residual unit is 1
+    result = make_inferer(steps)(context, network, ["patient"])
+    assert result.std() == pytest.approx(0.3 * SCALE_HU, rel=0.03)
 
 
 def test_result_is_clamped_to_the_range():
