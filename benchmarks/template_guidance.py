@@ -24,10 +24,11 @@ from monai.utils import set_determinism
 
 from custom.inferers import StructDiffInferer
 from custom.metrics import MEASURES, texture_correlation
-from custom.pictures import save_sheet
+from custom.pairs import RandTemplatePaird
 from custom.phantom import make_subject
+from custom.pictures import save_sheet
 from custom.schedulers import ListedDDIMScheduler
-from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord, RandTemplatePaird
+from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,11 @@ def train(parser: ConfigParser, arm: dict[str, Any]) -> torch.nn.Module:
         crops = [t for t in dataset.transform.transforms if type(t).__name__ == "RandCropByLabelClassesd"][0]
         pair = [t for t in dataset.transform.transforms if isinstance(t, RandTemplatePaird)][0]
         pool = _Crops(dataset, crops)
-        dataset.transform.transforms = (*dataset.transform.transforms[:-1], OtherSubject(pair, pool), dataset.transform.transforms[-1])
+        dataset.transform.transforms = (
+            *dataset.transform.transforms[:-1],
+            OtherSubject(pair, pool),
+            dataset.transform.transforms[-1],
+        )
     trainer.run()
     return parser.get_parsed_content("ema").ema_model.eval()
 
@@ -124,7 +129,7 @@ class _Crops:
 
 
 def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
-    """Held-out phantoms, each with another anatomy in the very same appearance as its template, used as in inference."""
+    """Held-out phantoms, each with another anatomy in the same appearance as its template, used as in inference."""
     spacing_mm, num_labels = parser.get_parsed_content("spacing_mm"), parser.get_parsed_content("num_labels")
     statistics = LabelStatisticsd("template_image", "template_label", num_labels=num_labels)
     align = AlignTemplated(labels=[1, 2, 3, 4, 5, 6, 7], spacing_mm=spacing_mm)
@@ -134,7 +139,12 @@ def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
             make_subject(TEST_SEED, index, shape=(72, 72, 72), spacing_mm=spacing_mm[0], appearance_seed=case)
             for index in (case, 1000 + case)
         )
-        volumes = {"image": target.image, "label": target.label, "template_image": template.image, "template_label": template.label}
+        volumes = {
+            "image": target.image,
+            "label": target.label,
+            "template_image": template.image,
+            "template_label": template.label,
+        }
         item = {key: torch.from_numpy(volume.astype(np.float32))[None] for key, volume in volumes.items()}
         pairs.append(align(statistics({**item, "case": f"test_{case}"})))
     return pairs
@@ -148,10 +158,14 @@ def measure(rendered: np.ndarray, pair: dict[str, Any], prior: np.ndarray) -> di
     return row
 
 
-def evaluate(network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[str, Any], picture: Path) -> dict[str, float]:
+def evaluate(
+    network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[str, Any], picture: Path
+) -> dict[str, float]:
     """Mean columns over the held-out cases; draws the first case."""
     mode = "mask_only" if arm.get("mode_prob") else "template"
-    paint = PaintPriord(nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"], mode=mode, use_prior=arm.get("use_prior", True))
+    paint = PaintPriord(
+        nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"], mode=mode, use_prior=arm.get("use_prior", True)
+    )
     inferer = StructDiffInferer(ListedDDIMScheduler(10), residual_scale_hu=arm.get("residual_scale_hu", 100.0))
     rows = []
     for pair in pairs:
@@ -160,7 +174,11 @@ def evaluate(network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[st
         rows.append(measure(rendered, pair, item["prior"][0].numpy()))
         if len(rows) == 1:
             label = pair["label"][0].numpy()
-            save_sheet(picture, [("true", pair["image"][0].numpy(), label), ("rendered", rendered, label)], vessel_labels=VESSEL)
+            save_sheet(
+                picture,
+                [("true", pair["image"][0].numpy(), label), ("rendered", rendered, label)],
+                vessel_labels=VESSEL,
+            )
     return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -176,7 +194,11 @@ def painted(pairs: list[dict[str, Any]], nominal_hu: list[float]) -> dict[str, f
 
 
 def main(
-    dataset_dir: str, work_dir: str = str(ROOT / "runs/template_guidance"), steps: int = 250, seeds: int = 3, cases: int = 4
+    dataset_dir: str,
+    work_dir: str = str(ROOT / "runs/template_guidance"),
+    steps: int = 250,
+    seeds: int = 3,
+    cases: int = 4,
 ) -> None:
     """Train and evaluate all arms; print the table and write benchmarks/results/template_guidance.json."""
     work = Path(work_dir)
@@ -199,7 +221,10 @@ def main(
             table.setdefault(name, []).append(json.loads(cached.read_text()))
             logger.info("%s seed %d: %s", name, seed, table[name][-1])
     summary = {
-        name: {k: {"mean": float(np.mean([r[k] for r in rows])), "sd": float(np.std([r[k] for r in rows]))} for k in rows[0]}
+        name: {
+            k: {"mean": float(np.mean([r[k] for r in rows])), "sd": float(np.std([r[k] for r in rows]))}
+            for k in rows[0]
+        }
         for name, rows in table.items()
     }
     write_json(

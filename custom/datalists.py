@@ -81,8 +81,11 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
 
     Raises:
         FileNotFoundError: naming all missing files.
+        TypeError: when `masks` is one text instead of a list.
         ValueError: when there is no mask, or two cases would have one name.
     """
+    if isinstance(masks, str):
+        raise TypeError(f"target_masks: must be a list of files, got the text {masks!r}; write ['{masks}']")
     if not masks:
         raise ValueError("masks: no target label map found; set `target_masks` (a list of files) in the config")
     cases: list[dict[str, Any]] = []
@@ -96,7 +99,9 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
     names = [case["case"] for case in cases]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"masks and templates: file names must differ, they give {repeated} more than once; rename them")
+        raise ValueError(
+            f"masks and templates: file names must differ, they give {repeated} more than once; rename them"
+        )
     check_files(cases, "target masks and templates")
     return cases
 

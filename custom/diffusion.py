@@ -6,6 +6,8 @@ v = a eps - s x0 (Salimans & Ho 2022, eq. in appendix D); sigma = prior standard
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -111,9 +113,10 @@ def ddim_step(
 
 
 def angle(a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Angle psi = atan2(s, a sigma) of the preconditioned sample y = c_in x = cos(psi) z + sin(psi) eps, z = x0 / sigma (ours).
+    """Angle psi = atan2(s, a sigma) of the preconditioned sample y = c_in x (ours).
 
-    pi/2 is pure noise, 0 is clean. The probability flow is dy/dpsi = F(y), with F the output of the preconditioned network.
+    With z = x0 / sigma, y = cos(psi) z + sin(psi) eps: pi/2 is pure noise, 0 is clean. The probability flow is
+    dy/dpsi = F(y), with F the output of the preconditioned network.
     """
     s = s.expand(torch.broadcast_shapes(s.shape, sigma.shape))
     return torch.atan2(s, a * sigma)
@@ -143,6 +146,16 @@ def angle_step(
         f_before, step_before = previous
         f = f + step / step_before / 2 * (f - f_before)
     return y + step * f
+
+
+def at(x: torch.Tensor, window: Sequence[slice]) -> torch.Tensor:
+    """View of (..., H, W, D) in a window of three slices."""
+    return x[..., window[0], window[1], window[2]]
+
+
+def corner(size: Sequence[int]) -> tuple[slice, ...]:
+    """Window of the given size at the first voxel; takes padding at the far end away."""
+    return tuple(slice(n) for n in size)
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:

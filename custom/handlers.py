@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
-from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader
-from monai.utils import CommonKeys as Keys
 
 from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
 from custom.networks import StructDiffUNet, context_modes, residual_regions, residual_unit
-from custom.pictures import save_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +74,11 @@ def residual_sigma(
         residual, context = pad_to_multiple(residual, 2), pad_to_multiple(context, 2)
         region = residual_regions(context[:, :1], context[:, 3:4])
         cell = context_modes(context).view(-1, 1, 1, 1) * shape[1] + region
-        squares = (haar_pack(residual) / residual_unit(context, region)).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
+        squares = (
+            (haar_pack(residual) / residual_unit(context, region)).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
+        )
         total.index_add_(0, cell.flatten(), torch.cat([squares, torch.ones_like(squares[:, :1])], 1))
-    total = idist.all_reduce(total)
+    total = torch.as_tensor(idist.all_reduce(total))
     measured = (total[:, :8] / total[:, 8:]).sqrt().clamp(min=_MIN_SIGMA)
     return torch.where(total[:, 8:] > 0, measured, torch.ones_like(measured)).reshape(shape).float()
 
@@ -114,7 +112,8 @@ class Resume:
     """
 
     def __init__(self, objects: dict[str, Any], path: str, device: torch.device) -> None:
-        self.objects, self.path, self.device = objects, Path(path), device
+        self.objects, self.path = objects, Path(path)
+        self.places = {"cpu": str(device), "cuda:0": str(device)}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, before handlers that look at whether it was resumed."""
@@ -124,7 +123,7 @@ class Resume:
         """Load the checkpoint, if any, and begin to save."""
         state = {**self.objects, "trainer": engine}
         if self.path.exists():
-            CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.device)(engine)
+            CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.places)(engine)
             logger.info("resumed from %s at epoch %d", self.path, engine.state.epoch)
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save, state)
@@ -168,7 +167,9 @@ class LoadWeights:
     def __call__(self, engine: Engine) -> None:
         """Load."""
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt")
+            raise FileNotFoundError(
+                f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt"
+            )
         try:
             self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -260,73 +261,3 @@ class KeepBest:
         self.best = score
         save_atomically(self.model.state_dict(), self.path)
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
-
-
-class Previews:
-    """Write a PNG of the first cases of an evaluation: truth, where there is one, and rendering.
-
-    Args:
-        directory: of the pictures.
-        vessel_labels: ids of the vessel projection.
-        cases: at most so many batches are drawn.
-    """
-
-    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1) -> None:
-        self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
-        self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
-        self._drawn = 0
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator."""
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
-        engine.add_event_handler(Events.COMPLETED, self.write)
-
-    def collect(self, engine: Engine) -> None:
-        """Keep the first cases."""
-        if self._drawn >= self.cases or idist.get_rank() != 0:
-            return
-        self._drawn += 1
-        truth = engine.state.output[Keys.LABEL][0].cpu().numpy()  # type: ignore[index]
-        rendered = engine.state.output[Keys.PRED][0, 0].cpu().numpy()  # type: ignore[index]
-        case = engine.state.batch["case"][0]  # type: ignore[index]
-        if len(truth) == 2:
-            self._rows.append((f"{case}: true", truth[0], truth[1]))
-        self._rows.append((f"{case}: rendered", rendered, truth[-1]))
-
-    def write(self, engine: Engine) -> None:
-        """Write the picture."""
-        if self._rows:
-            save_sheet(self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels)
-        self._rows, self._drawn = [], 0
-
-
-class MetricsTable:
-    """Append the evaluator's metrics to a CSV after each evaluation; rows of epochs that a resumed run repeats are replaced.
-
-    Args:
-        path: of the CSV.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write one row."""
-        if idist.get_rank() != 0:
-            return
-        row: dict[str, Any] = {"epoch": engine.state.epoch, **engine.state.metrics}
-        rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if int(r["epoch"]) < row["epoch"]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*rows, row])
-        os.replace(temporary, self.path)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from tqdm import tqdm
 
-from custom.diffusion import amplitudes, angle, angle_step, haar_pack, haar_unpack, pad_to_multiple, precondition
+from custom.diffusion import (
+    amplitudes,
+    angle,
+    angle_step,
+    at,
+    corner,
+    haar_pack,
+    haar_unpack,
+    pad_to_multiple,
+    precondition,
+)
 from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
 from custom.schedulers import ListedDDIMScheduler
 
@@ -18,7 +29,7 @@ _PRIOR = CONTEXT_CHANNELS.index("prior_hu")
 
 
 def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
-    """Standard normal noise of one case: depends on seed, case name and shape alone, not on batch, order, rank or device."""
+    """Standard normal noise of one case, from seed, case name and shape alone, not batch, order, rank or device."""
     # One 32-bit number from both: a CPU generator ignores the upper half of its seed.
     digest = hashlib.sha256(f"{seed}:{case}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
@@ -54,11 +65,11 @@ def blended(
         return predict(x, 0)
     total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for index, window in enumerate(windows):
-        part = predict(x[(..., *window)], index)
+        part = predict(at(x, window), index)
         importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=x.device)
         importance = importance.clamp(min=1e-3)
-        total[(..., *window)] += importance * part
-        weight[(..., *window)] += importance
+        at(total, window).add_(importance * part)
+        at(weight, window).add_(importance)
     return total / weight
 
 
@@ -67,7 +78,8 @@ class StructDiffInferer(Inferer):
 
     The times are explicit; between them the deterministic probability flow is followed to second order (`angle_step`).
 
-    Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded conditions.
+    Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded
+    conditions.
 
     Args:
         scheduler: explicit sampling times.
@@ -139,12 +151,15 @@ class StructDiffInferer(Inferer):
         def condition(index: int) -> Condition:
             if index in cache:
                 return cache[index]
-            encoded = network.encode(context[(..., *windows[index])])
+            encoded = network.encode(at(context, windows[index]))
             if len(cache) < self.cached_windows:
                 cache[index] = encoded
             return encoded
 
-        inside = (..., *(slice(n) for n in noise.shape[2:]))
+        def predict(timesteps: torch.Tensor, part: torch.Tensor, index: int) -> torch.Tensor:
+            return network.denoise(part, timesteps, condition(index))
+
+        inside = corner(noise.shape[2:])
         sigma = network.sigma_map(pad_to_multiple(context, 2))
         y, previous = haar_pack(pad_to_multiple(noise, 2)), None
         times = self.scheduler.timesteps.tolist()
@@ -156,8 +171,8 @@ class StructDiffInferer(Inferer):
             a, s = amplitudes(alphas, timesteps, y.ndim)
             c_in, c_skip, c_out = precondition(a, s, sigma)
             x = haar_unpack(y / c_in)
-            velocity = blended(lambda part, i, ts=timesteps: network.denoise(part, ts, condition(i)), x[inside], windows)
+            velocity = blended(partial(predict, timesteps), at(x, inside), windows)
             f = (haar_pack(pad_to_multiple(velocity, 2)) - c_skip * y / c_in) / c_out
             step = angle(*amplitudes(alphas, torch.full_like(timesteps, following), y.ndim), sigma) - angle(a, s, sigma)
             y, previous = angle_step(y, f, step, previous), (f, step)
-        return haar_unpack(sigma * y)[inside]
+        return at(haar_unpack(sigma * y), inside)

@@ -8,16 +8,16 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
-from custom.diffusion import haar_pack, pad_to_multiple
-from custom.networks import CorrespondenceAttention
+from custom.correspondence import CorrespondenceAttention
+from custom.diffusion import at, corner, haar_pack, pad_to_multiple
 
 
 class StructDiffLoss(_Loss):
     """Squared velocity error in units of its expected spread, heavier around thin labels (ours).
 
-    The error is compared on the packed grid, where c_out differs by band and region: mean(w ((v - v*) / c_out)^2) / mean(w),
-    with w = `thin_weight` in blocks within a voxel of a thin label and 1 elsewhere. With the attention given, its
-    two-way consistency is added.
+    The error is compared on the packed grid, where c_out differs by band and region: mean(w ((v - v*) / c_out)^2) /
+    mean(w), with w = `thin_weight` in blocks within a voxel of a thin label and 1 elsewhere. With the attention
+    given, its two-way consistency is added.
 
     Args:
         thin_labels: ids of thin structures; empty weighs all voxels alike.
@@ -67,9 +67,8 @@ class StructDiffLoss(_Loss):
         scale = target["output_scale"]
         multiple = 2
         error = haar_pack(pad_to_multiple(input.float() - target["velocity"], multiple))
-        inside = (..., *(slice(n) for n in error.shape[2:]))
         weight = self.weights(pad_to_multiple(target["label"].float(), multiple))
-        loss = (weight * (error / scale[inside]) ** 2).mean() / weight.mean()
+        loss = (weight * (error / at(scale, corner(error.shape[2:]))) ** 2).mean() / weight.mean()
         attention = self._correspondence[0]
         if attention is None:
             return loss

@@ -34,8 +34,9 @@ def grain_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labe
 def _vessels(truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks of the vessels, of the tissue around them, and of where they are searched.
 
-    Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung in the true
-    image. Searched: the vessels and unlabelled voxels within 2 voxels of them and more than one from other labels.
+    Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung in the
+    true image. Searched: the vessels and unlabelled voxels within 2 voxels of them and more than one from other
+    labels.
     """
     vessel = np.isin(label, labels)
     free = ~ndimage.binary_dilation((label > 0) & ~vessel, _CUBE) & (label == 0)
@@ -59,8 +60,8 @@ def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.nda
 def vessel_cl_dice(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
     """clDice between the vessel mask and what a threshold finds in the rendered image.
 
-    The threshold lies half-way between the true vessels and the tissue around them. NaN when either is empty. The true image
-    itself does not reach 1: thin branches vanish in partial volume and noise.
+    The threshold lies half-way between the true vessels and the tissue around them. NaN when either is empty. The
+    true image itself does not reach 1: thin branches vanish in partial volume and noise.
     """
     vessel, around, searched = _vessels(truth, label, labels)
     if not vessel.any() or not around.any():

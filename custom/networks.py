@@ -14,7 +14,8 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from custom.diffusion import amplitudes, haar_pack, haar_unpack, pad_to_multiple, precondition
+from custom.correspondence import HU_UNIT, CorrespondenceAttention
+from custom.diffusion import amplitudes, at, corner, haar_pack, haar_unpack, pad_to_multiple, precondition
 from custom.diffusion import space_to_depth as pack_blocks
 
 CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu", "grain_sd_hu")
@@ -25,7 +26,6 @@ REGIONS = ("soft_background", "lung", "interior", "label_edge", "background_edge
 _LUNG_BELOW_HU = -400.0
 _EDGE_RANGE_HU = 100.0
 _MIN_UNIT_HU = 5.0
-_HU_UNIT = 500.0
 
 
 class Condition(NamedTuple):
@@ -41,14 +41,14 @@ class Condition(NamedTuple):
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is native to the device; emulated bf16 is 3 to 4 times slower than fp32 (benchmarks/cost.py)."""
+    """Whether bf16 arithmetic is native to the device; emulated it is slower than fp32 (benchmarks/cost.py)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """(B, 1, H, W, D) label ids -> (B, 8 num_labels, H/2, W/2, D/2) packed one-hot; ids outside the range give zeros."""
+    """(B, 1, H, W, D) ids -> (B, 8 num_labels, H/2, W/2, D/2) packed one-hot; ids outside the range give zeros."""
     ids = torch.arange(num_labels, device=label.device).view(1, -1, 1, 1, 1)
     return pack_blocks((label.round() == ids).float())
 
@@ -67,8 +67,9 @@ def _on_boundary(label: torch.Tensor) -> torch.Tensor:
 def residual_regions(target_label: torch.Tensor, prior_hu: torch.Tensor) -> torch.Tensor:
     """Region index (see REGIONS) of every packed voxel (ours).
 
-    The residual is small and noise-like inside a label, large where labels meet (partial volume), different again in the
-    background, whose prior is a warped image: soft tissue, lung, and where that image has edges that may be misplaced.
+    The residual is small and noise-like inside a label, large where labels meet (partial volume), different again in
+    the background, whose prior is a warped image: soft tissue, lung, and where that image has edges that may be
+    misplaced.
 
     Args:
         target_label, prior_hu: (B, 1, H, W, D), even sizes.
@@ -87,8 +88,8 @@ def residual_regions(target_label: torch.Tensor, prior_hu: torch.Tensor) -> torc
 def residual_unit(context: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     """What the residual's standard deviation is proportional to, (B, 8, h, w, d) in units of 100 HU (ours).
 
-    Away from edges the detail bands scale with the template's grain and the low-pass band with the painted label sd, so one
-    table serves quiet and noisy scans. At edges it is contrast that counts: the unit is 1.
+    Away from edges the detail bands scale with the template's grain and the low-pass band with the painted label sd,
+    so one table serves quiet and noisy scans. At edges it is contrast that counts: the unit is 1.
 
     Args:
         context: (B, 6, H, W, D), even sizes.
@@ -106,66 +107,11 @@ def context_modes(context: torch.Tensor) -> torch.Tensor:
     return torch.where(no_target, 2, torch.where(no_template, 1, 0))
 
 
-class CorrespondenceAttention(nn.Module):
-    """Appearance of the target from the template by attention between their masks (ours, after the abstract).
-
-    "Explicit knowledge of mask-to-image correspondence": queries come from the target mask, keys from the template mask,
-    values from the template image. The same affinity read the other way round gives the reverse direction, which the loss
-    uses ("bidirectional"). Works on a grid of 1/8 of the voxel resolution, where the whole volume fits in one attention.
-
-    Args:
-        num_labels: label ids 0 to num_labels - 1.
-        channels: width of queries, keys, values and of the output.
-    """
-
-    stride = 8
-
-    def __init__(self, num_labels: int, channels: int) -> None:
-        super().__init__()
-        self.num_labels = num_labels
-        self.mask_encoder = nn.Sequential(
-            nn.Conv3d(num_labels + 3, channels, 3, padding=1), nn.SiLU(), nn.Conv3d(channels, channels, 1)
-        )
-        self.image_encoder = nn.Sequential(nn.Conv3d(8, channels, 3, padding=1), nn.SiLU(), nn.Conv3d(channels, channels, 1))
-
-    def _mask_tokens(self, label: torch.Tensor) -> torch.Tensor:
-        ids = torch.arange(self.num_labels, device=label.device).view(1, -1, 1, 1, 1)
-        fractions = F.avg_pool3d((label.round() == ids).float(), self.stride)
-        axes = [torch.linspace(-1, 1, n, device=label.device) for n in fractions.shape[2:]]
-        position = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(label), -1, -1, -1, -1)
-        return self.mask_encoder(torch.cat([fractions, position], 1)).flatten(2).transpose(1, 2)
-
-    def affinity(self, context: torch.Tensor) -> torch.Tensor:
-        """Scaled logits (B, target tokens, template tokens) of a context with every size divisible by 8."""
-        query, key = self._mask_tokens(context[:, :1]), self._mask_tokens(context[:, 2:3])
-        return query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-
-    @staticmethod
-    def coarse(image_hu: torch.Tensor) -> torch.Tensor:
-        """(B, 1, H, W, D) HU -> (B, 8, H/8, W/8, D/8) scaled block means."""
-        return pack_blocks(F.avg_pool3d(image_hu / _HU_UNIT, CorrespondenceAttention.stride // 2))
-
-    def forward(self, context: torch.Tensor) -> torch.Tensor:
-        """(B, 6, H, W, D) context, sizes divisible by 8 -> (B, channels, H/2, W/2, D/2) attended features."""
-        image = self.image_encoder(self.coarse(context[:, 1:2]))
-        attended = self.affinity(context).softmax(-1) @ image.flatten(2).transpose(1, 2)
-        attended = attended.transpose(1, 2).reshape(image.shape)
-        return F.interpolate(attended, scale_factor=self.stride // 2, mode="trilinear", align_corners=False)
-
-    def consistency(self, context: torch.Tensor, target_image_hu: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of carrying coarse intensities along the affinity, template to target and back; scalar."""
-        logits = self.affinity(context)
-        template = self.coarse(context[:, 1:2]).flatten(2).transpose(1, 2)
-        target = self.coarse(target_image_hu).flatten(2).transpose(1, 2)
-        forth = F.mse_loss(logits.softmax(-1) @ template, target)
-        return forth + F.mse_loss(logits.transpose(1, 2).softmax(-1) @ target, template)
-
-
 class StructDiffUNet(nn.Module):
     """Predicts the velocity of the scaled residual (image - prior) / scale of a CT volume, guided by mask and template.
 
-    Voxels in, voxels out; inside, MONAI's `DiffusionModelUNet` runs on the Haar-packed grid with analytic preconditioning.
-    Until :meth:`set_residual_sigma` is called, sigma is 1 everywhere, which is plain v-prediction.
+    Voxels in, voxels out; inside, MONAI's `DiffusionModelUNet` runs on the Haar-packed grid with analytic
+    preconditioning. Until :meth:`set_residual_sigma` is called, sigma is 1 everywhere, which is plain v-prediction.
 
     Args:
         num_labels: label ids 0 to num_labels - 1, background included.
@@ -234,7 +180,8 @@ class StructDiffUNet(nn.Module):
         """
         if sigma.shape != self.residual_sigma.shape or not bool((sigma.isfinite() & (sigma > 0)).all()):
             raise ValueError(
-                f"sigma: must be finite, positive and shaped {tuple(self.residual_sigma.shape)}, got {tuple(sigma.shape)}"
+                f"sigma: must be finite, positive and shaped {tuple(self.residual_sigma.shape)}, "
+                f"got {tuple(sigma.shape)} with minimum {float(sigma.min()):g}"
             )
         self.residual_sigma.copy_(sigma)
         self.measured.fill_(True)
@@ -277,7 +224,7 @@ class StructDiffUNet(nn.Module):
             inputs = [
                 one_hot_blocks(context[:, :1], self.num_labels),
                 one_hot_blocks(context[:, 2:3], self.num_labels),
-                haar_pack(context[:, [1, 3]] / _HU_UNIT),
+                haar_pack(context[:, [1, 3]] / HU_UNIT),
                 F.avg_pool3d(context[:, 4:6] / 100, 2),
             ]
             features = self.condition_encoder(torch.cat(inputs, 1))
@@ -293,7 +240,7 @@ class StructDiffUNet(nn.Module):
         with self._autocast(x.device):
             residual = self.unet(torch.cat([c_in * packed, condition.features], 1), timesteps)
         velocity = haar_unpack(c_skip * packed + c_out * residual.float())
-        return velocity[(..., *(slice(n) for n in x.shape[2:]))]
+        return at(velocity, corner(x.shape[2:]))
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Predict the velocity.
@@ -310,12 +257,14 @@ class StructDiffUNet(nn.Module):
             ValueError: when x and context differ in batch or spatial size, or the context is malformed.
         """
         if x.shape[2:] != context.shape[2:] or len(x) != len(context):
-            raise ValueError(f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree")
+            raise ValueError(
+                f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"
+            )
         return self.denoise(x, timesteps, self.encode(context))
 
 
 def output_scale(network: StructDiffUNet, context: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """c_out of a network, (B, 8, h, w, d): the loss divides the velocity error by it, so every band and region counts alike."""
+    """c_out, (B, 8, h, w, d): the loss divides the velocity error by it, so every band and region counts alike."""
     sigma = network.sigma_map(pad_to_multiple(context.float(), network.size_multiple))
     a, s = amplitudes(network.alphas_cumprod, timesteps, sigma.ndim)
     return precondition(a, s, sigma)[2]

@@ -60,9 +60,7 @@ class ListedDDIMScheduler(DDIMScheduler):
             )
         times = [int(t) for t in num_inference_steps]
         if not times or times[0] >= self.num_train_timesteps or times[-1] < 0:
-            raise ValueError(
-                f"timesteps: must be a non-empty list within [0, {self.num_train_timesteps}), got {times}"
-            )
+            raise ValueError(f"timesteps: must be a non-empty list within [0, {self.num_train_timesteps}), got {times}")
         if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
             raise ValueError(f"timesteps: must descend strictly, from noise to image, got {times}")
         self.num_inference_steps = len(times)

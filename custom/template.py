@@ -1,7 +1,8 @@
 """Layer 1: the template prior, what a template says about the image of a target mask before any network runs (ours).
 
-Labels are painted with the template's mean HU of that label; the background is the aligned template image, with the hole
-its heart leaves filled from the surroundings. Painted values are never blurred: a blurred prior loses thin vessels.
+Labels are painted with the template's mean HU of that label; the background is the aligned template image, with the
+hole its heart leaves filled from the surroundings. Painted values are never blurred: a blurred prior loses thin
+vessels.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def label_statistics(image_hu: torch.Tensor, label: torch.Tensor, num_labels: in
 
 
 def fill_holes(image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Fill invalid voxels from their surroundings by pull-push: average valid voxels over growing blocks, interpolate back.
+    """Fill invalid voxels from around by pull-push: average valid voxels over growing blocks, interpolate back.
 
     Args:
         image: (B, 1, H, W, D).
@@ -118,7 +119,9 @@ def complete_statistics(statistics: torch.Tensor, nominal_hu: Sequence[float]) -
         ValueError: when the lengths differ.
     """
     if len(nominal_hu) != len(statistics):
-        raise ValueError(f"nominal_hu: one value for each of the {len(statistics)} labels is needed, got {len(nominal_hu)}")
+        raise ValueError(
+            f"nominal_hu: one value for each of the {len(statistics)} labels is needed, got {len(nominal_hu)}"
+        )
     nominal = torch.tensor(nominal_hu, dtype=torch.float32)
     absent = ~statistics[:, 0].isfinite()
     present = ~absent
@@ -132,10 +135,10 @@ def complete_statistics(statistics: torch.Tensor, nominal_hu: Sequence[float]) -
 
 
 def noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
-    """Robust standard deviation in HU of the grain inside the labels (1.48 times the MAD of the 3D Haar diagonal bands).
+    """Robust standard deviation in HU of the grain inside the labels (1.48 times the MAD of diagonal Haar bands).
 
-    Every band that is high-pass along at least two axes is used: edges are rare there and the MAD ignores them. Returns 0
-    for an image without labelled 2x2x2 blocks or without grain.
+    Every band that is high-pass along at least two axes is used: edges are rare there and the MAD ignores them.
+    Returns 0 for an image without labelled 2x2x2 blocks or without grain.
 
     Args:
         image_hu, label: (H, W, D).
@@ -153,8 +156,8 @@ def noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
 def split_noise(image_hu: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Split an image into structure and grain by total-variation denoising at the image's own noise level.
 
-    Total variation (Chambolle 2004) keeps vessels of two voxels: on the real CTA it takes 27 of 38 HU of the grain and 27 of
-    336 HU of the coronaries (a Gaussian of one voxel takes 124 HU of them).
+    Total variation (Chambolle 2004) keeps vessels of two voxels: on the real CTA it takes 27 of 38 HU of the grain
+    and 27 of 336 HU of the coronaries (a Gaussian of one voxel takes 124 HU of them).
 
     Args:
         image_hu, label: (H, W, D).

@@ -18,7 +18,15 @@ from ignite.engine import Events
 
 from custom.networks import StructDiffUNet
 
-SHARED_BLOCKS = ("label_names", "nominal_hu", "thin_labels", "label_mapping", "spacing_mm", "residual_scale_hu", "network_def")
+SHARED_BLOCKS = (
+    "label_names",
+    "nominal_hu",
+    "thin_labels",
+    "label_mapping",
+    "spacing_mm",
+    "residual_scale_hu",
+    "network_def",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,11 @@ def test_metadata_version_is_in_the_changelog():
 
 @pytest.mark.parametrize(("name", "kind"), [("train.json", "train"), ("inference.json", "infer")])
 def test_required_properties_are_present(workflow, cohort, tmp_path, weights, name, kind):
-    overrides = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), **(TINY_TRAINING if kind == "train" else TINY)}
+    overrides = {
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path),
+        **(TINY_TRAINING if kind == "train" else TINY),
+    }
     if kind == "infer":
         template = template_of(cohort)
         overrides |= {"target_masks": [template["label"]], "templates": [template], "ckpt_dir": str(weights)}
@@ -83,7 +95,14 @@ def test_required_properties_are_present(workflow, cohort, tmp_path, weights, na
 
 
 def test_training_writes_everything_it_promises(workflow, cohort, tmp_path):
-    run = workflow("train.json", mlflow=True, dataset_dir=str(cohort), output_dir=str(tmp_path), ckpt_dir=str(tmp_path / "models"), **TINY_TRAINING)
+    run = workflow(
+        "train.json",
+        mlflow=True,
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        ckpt_dir=str(tmp_path / "models"),
+        **TINY_TRAINING,
+    )
     run.run()
     run.finalize()
     with (tmp_path / "metrics.csv").open() as file:
@@ -126,7 +145,13 @@ def test_killed_training_resumes_to_the_same_weights(workflow, cohort, tmp_path)
 
 def test_evaluation_writes_metrics_of_the_test_cases(workflow, cohort, tmp_path, weights):
     run = workflow(
-        "train.json", "evaluate.json", workflow_type="train", dataset_dir=str(cohort), output_dir=str(tmp_path), ckpt_dir=str(weights), **TINY_TRAINING
+        "train.json",
+        "evaluate.json",
+        workflow_type="train",
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        ckpt_dir=str(weights),
+        **TINY_TRAINING,
     )
     run.run()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -213,7 +238,14 @@ def test_template_missing_a_label_is_painted_and_warned_about(workflow, cohort, 
 
 def test_weights_of_another_preset_are_named(workflow, cohort, tmp_path, weights):
     with fails_with("not weights of the configured network"):
-        render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path, weights, **{"network_def#channels": [8, 16]})
+        render(
+            workflow,
+            [cohort / "labels/subject_003.nii.gz"],
+            template_of(cohort),
+            tmp_path,
+            weights,
+            **{"network_def#channels": [8, 16]},
+        )
 
 
 def test_missing_weights_are_named(workflow, cohort, tmp_path):
@@ -222,9 +254,25 @@ def test_missing_weights_are_named(workflow, cohort, tmp_path):
 
 
 def test_command_line_runs_from_a_foreign_directory(cohort, tmp_path):
-    overrides = {**TINY_TRAINING, "max_epochs": 1, "dataset_dir": str(cohort), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out/models")}
+    overrides = {
+        **TINY_TRAINING,
+        "max_epochs": 1,
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path / "out"),
+        "ckpt_dir": str(tmp_path / "out/models"),
+    }
     arguments = [f"--{key}={value}" for key, value in overrides.items()]
-    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(CONFIGS / "train.json"), "--bundle_root", str(BUNDLE)]
+    command = [
+        sys.executable,
+        "-m",
+        "monai.bundle",
+        "run",
+        "training",
+        "--config_file",
+        str(CONFIGS / "train.json"),
+        "--bundle_root",
+        str(BUNDLE),
+    ]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out/models/model.pt").exists()
@@ -232,12 +280,31 @@ def test_command_line_runs_from_a_foreign_directory(cohort, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_together(cohort, tmp_path):
-    overrides = {**TINY_TRAINING, "dataset_dir": str(cohort), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out/models")}
+    overrides = {
+        **TINY_TRAINING,
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path / "out"),
+        "ckpt_dir": str(tmp_path / "out/models"),
+    }
     arguments = [f"--{key}={value}" for key, value in overrides.items()]
     configs = f"['{CONFIGS / 'train.json'}','{CONFIGS / 'multi_gpu_train.json'}']"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run", "training"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "monai.bundle",
+        "run",
+        "training",
+    ]
     done = subprocess.run(
-        [*command, "--config_file", configs, "--bundle_root", str(BUNDLE), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [*command, "--config_file", configs, "--bundle_root", str(BUNDLE), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out/models/model.pt").exists()

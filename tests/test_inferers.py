@@ -105,7 +105,7 @@ def test_windows_of_a_local_predictor_change_nothing(size, overlap):
 
 
 def test_one_step_rendering_is_an_euler_step_of_the_case_noise_on_top_of_the_prior():
-    """One network call and sigma = 1: x0 = x - psi v with psi the angle of the time, times the scale, plus the prior."""
+    """One network call and sigma = 1: x0 = x - psi v, psi the angle of the time, times the scale, plus the prior."""
     context = make_context((6, 4, 4))
     result = make_inferer([600], seed=7)(context, LocalNetwork(), ["patient"])
     alpha = ListedDDIMScheduler([600]).alphas_cumprod[600]

@@ -14,9 +14,9 @@ MODULES = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__in
 
 LAYERS: list[set[str]] = [
     {"deformation", "registration", "topology", "diffusion"},
-    {"networks", "schedulers", "losses", "metrics", "template", "pictures"}
+    {"correspondence", "networks", "schedulers", "losses", "metrics", "template", "pictures"}
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
-    {"transforms", "inferers", "engines", "handlers", "datalists", "report", "writers"},
+    {"checks", "datalists", "engines", "handlers", "inferers", "logs", "pairs", "report", "transforms", "writers"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 MATHS = {"torch", "numpy", "scipy", "skimage", "monai.networks.blocks"}

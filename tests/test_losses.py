@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from custom.correspondence import CorrespondenceAttention
 from custom.diffusion import haar_pack, haar_unpack, pad_to_multiple
 from custom.losses import StructDiffLoss
-from custom.networks import CorrespondenceAttention
 
 
 def noise(*shape, seed=0):

@@ -1,0 +1,89 @@
+"""Layer 2: handlers that leave pictures and tables of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+
+from custom.pictures import save_sheet
+
+
+class Previews:
+    """Write a PNG of the first cases of an evaluation: truth, where there is one, and rendering.
+
+    Args:
+        directory: of the pictures.
+        vessel_labels: ids of the vessel projection.
+        cases: at most so many batches are drawn.
+    """
+
+    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1) -> None:
+        self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
+        self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._drawn = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the first cases."""
+        if self._drawn >= self.cases or idist.get_rank() != 0:
+            return
+        self._drawn += 1
+        truth = engine.state.output[Keys.LABEL][0].cpu().numpy()  # type: ignore[index]
+        rendered = engine.state.output[Keys.PRED][0, 0].cpu().numpy()  # type: ignore[index]
+        case = engine.state.batch["case"][0]  # type: ignore[index]
+        if len(truth) == 2:
+            self._rows.append((f"{case}: true", truth[0], truth[1]))
+        self._rows.append((f"{case}: rendered", rendered, truth[-1]))
+
+    def write(self, engine: Engine) -> None:
+        """Write the picture."""
+        if self._rows:
+            save_sheet(
+                self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels
+            )
+        self._rows, self._drawn = [], 0
+
+
+class MetricsTable:
+    """Append the metrics to a CSV after each evaluation; rows of epochs that a resumed run repeats are replaced.
+
+    Args:
+        path: of the CSV.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write one row."""
+        if idist.get_rank() != 0:
+            return
+        row: dict[str, Any] = {"epoch": engine.state.epoch, **engine.state.metrics}
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [r for r in csv.DictReader(file) if int(r["epoch"]) < row["epoch"]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        os.replace(temporary, self.path)
