@@ -17,6 +17,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TRAIN_CONFIG = ROOT / "bundles/structdiff_cardiac/configs/train.json"
 
 
+def _without_folders(argument: str) -> str:
+    """An absolute path on this machine tells a reader nothing but its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def machine() -> dict[str, Any]:
     """Processor, threads and versions, for the record."""
     capabilities = torch.cpu.get_capabilities()
@@ -27,7 +32,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "monai": monai.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])]),
     }
 
 

@@ -1,0 +1,127 @@
+"""A real anatomy in the appearance of a real CTA: how near is the rendering to its template?
+
+    bash ci/real_input.sh ../shared/data runs/real_input
+    python benchmarks/real_input.py --data_dir ../shared/data --ckpt_dir runs/real_input/models --work_dir runs/real_input
+
+Targets: the Visible Human heart, and the CTA's own mask deformed. There is no true image of either, so everything is
+measured against the template: label means, vessel contrast, grain, and the step across the outline of its own heart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fire
+import nibabel as nib
+import numpy as np
+import torch
+from common import RESULTS, TRAIN_CONFIG, machine, write_json
+from monai.bundle import ConfigParser
+from scipy import ndimage
+
+from custom.deformation import exponentiate, random_velocity, warp_labels
+from custom.metrics import texture_correlation
+from custom.pictures import save_sheet
+from custom.template import label_statistics, noise_sd
+
+CUBE = np.ones((3, 3, 3), dtype=bool)
+LABELS, VESSEL, CHAMBERS = list(range(1, 8)), 9, [2, 3, 4, 5]
+
+
+def deformed_mask(source: Path, path: Path, seed: int = 3) -> Path:
+    """Write a label map deformed by a smooth random diffeomorphism (8 mm RMS, 30 mm long)."""
+    image = nib.load(source)
+    label = torch.from_numpy(np.asarray(image.dataobj).astype(np.int64))[None, None]
+    velocity = random_velocity(
+        label.shape[2:],
+        spacing_mm=[float(z) for z in image.header.get_zooms()],
+        sigma_mm=30.0,
+        amplitude_mm=8.0,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    warped = warp_labels(label, exponentiate(velocity), int(label.max()) + 1)
+    nib.save(nib.Nifti1Image(warped[0, 0].numpy().astype(np.uint8), image.affine), path)
+    return path
+
+
+def contrast(image: np.ndarray, label: np.ndarray) -> float:
+    """Mean of the coronaries over unlabelled soft tissue 2 to 3 voxels away, in HU."""
+    vessel = label == VESSEL
+    near = ndimage.binary_dilation(vessel, CUBE)
+    around = ndimage.binary_dilation(near, CUBE, iterations=2) & ~near & (label == 0) & (image > -300)
+    return float(image[vessel].mean() - image[around].mean())
+
+
+def ghost_step(image: np.ndarray, label: np.ndarray, template_label: np.ndarray) -> float:
+    """Mean step in HU across the aligned template heart's outline where the target has background; NaN if nowhere."""
+    background = ~ndimage.binary_dilation(label > 0, CUBE, iterations=2) & (image > -300)
+    heart = template_label > 0
+    inside = heart & ~ndimage.binary_erosion(heart, CUBE, iterations=2) & background
+    outside = ndimage.binary_dilation(heart, CUBE, iterations=2) & ~heart & background
+    return float(image[inside].mean() - image[outside].mean()) if inside.any() and outside.any() else float("nan")
+
+
+def measure(image: np.ndarray, item: dict, template: np.ndarray, template_label: np.ndarray) -> dict:
+    """All figures of one rendering on the model's grid, against the unaligned template."""
+    label = item["label"][0].numpy().round().astype(np.int64)
+    means = label_statistics(torch.from_numpy(image), torch.from_numpy(label), 11)[:, 0]
+    reference = item["statistics"][:, 0]
+    inside, template_inside = (
+        ndimage.binary_erosion(np.isin(volume, CHAMBERS), CUBE) for volume in (label, template_label)
+    )
+    return {
+        "label_error_hu": {str(i): float(means[i] - reference[i]) for i in LABELS},
+        "coronary_mean_hu": float(means[VESSEL]),
+        "coronary_contrast_hu": contrast(image, label),
+        "coronary_contrast_of_template_hu": contrast(template, template_label),
+        "noise_ratio": noise_sd(image, inside) / noise_sd(template, template_inside),
+        "ghost_step_hu": ghost_step(image, label, item["template_label"][0].numpy()),
+        "template_texture_correlation": texture_correlation(
+            image, item["template_image"][0].numpy(), (label == 0) & (image > -300)
+        ),
+    }
+
+
+def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
+    """Render both targets through inference.json, measure and draw them; write benchmarks/results/real_input.json."""
+    data, work = Path(data_dir), Path(work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    pair = {"image": str(data / "real_cta/image.nii.gz"), "label": str(data / "real_cta/label_derived.nii.gz")}
+    deformed = deformed_mask(Path(pair["label"]), work / "cta_deformed.nii.gz")
+    parser = ConfigParser()
+    parser.read_config(str(TRAIN_CONFIG.parent / "inference.json"))
+    masks = [str(data / "visible_human_heart_F/label_1mm.nii.gz"), str(deformed)]
+    parser.update(
+        {
+            "bundle_root": str(TRAIN_CONFIG.parent.parent),
+            "target_masks": masks,
+            "templates": [pair],
+            "ckpt_dir": ckpt_dir,
+            "output_dir": str(work / "rendered"),
+        }
+    )
+    parser.parse()
+    network, inferer = parser.get_parsed_content("network"), parser.get_parsed_content("inferer")
+    network.load_state_dict(torch.load(Path(ckpt_dir) / "model.pt", map_location="cpu", weights_only=True))
+    network.eval()
+    preprocessing = parser.get_parsed_content("preprocessing")
+    template = preprocessing({"label": pair["label"], "case": "itself", **_as_template(pair)})
+    template_image = template["template_image"][0].numpy()
+    template_label = template["label"][0].numpy().round().astype(np.int64)
+    results, rows = {}, []
+    for case in parser.get_parsed_content("cases"):
+        item = preprocessing(case)
+        image = inferer(item["context"][None], network, [case["case"]])[0, 0].numpy()
+        results[case["case"]] = measure(image, item, template_image, template_label)
+        rows += [(case["case"], image, item["label"][0].numpy())]
+        print(case["case"], results[case["case"]])
+    save_sheet(RESULTS / "real_input.png", rows, vessel_labels=[VESSEL])
+    write_json(RESULTS / "real_input.json", {"machine": machine(), "cases": results})
+
+
+def _as_template(pair: dict[str, str]) -> dict[str, str]:
+    return {"template_image": pair["image"], "template_label": pair["label"]}
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
