@@ -80,7 +80,7 @@ def _with_context(size: int) -> dict[str, torch.Tensor]:
 
 
 def _with_condition(network: StructDiffUNet) -> Callable[[int], dict[str, Any]]:
-    width = network.condition_encoder[-1].out_channels
+    width = network.unet.in_channels - 8
 
     def inputs(size: int) -> dict[str, Any]:
         grid = (size // 2,) * 3

@@ -26,6 +26,7 @@ REGIONS = ("soft_background", "lung", "interior", "label_edge", "background_edge
 _LUNG_BELOW_HU = -400.0
 _EDGE_RANGE_HU = 100.0
 _MIN_UNIT_HU = 5.0
+_IMAGE_CHANNELS = 18  # Haar bands of template and prior, painted sd and grain
 
 
 class Condition(NamedTuple):
@@ -145,7 +146,7 @@ class StructDiffUNet(nn.Module):
         self.num_labels, self.amp = num_labels, amp
         self.size_multiple = max(2 ** len(channels), CorrespondenceAttention.stride if correspondence_channels else 2)
         self.condition_encoder = nn.Sequential(
-            nn.Conv3d(8 * (2 * num_labels + 2) + 2, condition_channels, 1),
+            nn.Conv3d(16 * num_labels + _IMAGE_CHANNELS, condition_channels, 1),
             nn.SiLU(),
             nn.Conv3d(condition_channels, condition_channels, 3, padding=1),
         )
@@ -154,7 +155,7 @@ class StructDiffUNet(nn.Module):
         )
         self.unet = DiffusionModelUNet(
             spatial_dims=3,
-            in_channels=8 + condition_channels + correspondence_channels,
+            in_channels=8 + condition_channels + _IMAGE_CHANNELS + correspondence_channels,
             out_channels=8,
             channels=tuple(channels),
             num_res_blocks=num_res_blocks,
@@ -221,13 +222,11 @@ class StructDiffUNet(nn.Module):
         context = pad_to_multiple(context.float(), self.size_multiple)
         sigma = self.sigma_map(context)
         with self._autocast(context.device):
-            inputs = [
-                one_hot_blocks(context[:, :1], self.num_labels),
-                one_hot_blocks(context[:, 2:3], self.num_labels),
-                haar_pack(context[:, [1, 3]] / HU_UNIT),
-                F.avg_pool3d(context[:, 4:6] / 100, 2),
-            ]
-            features = self.condition_encoder(torch.cat(inputs, 1))
+            images = torch.cat([haar_pack(context[:, [1, 3]] / HU_UNIT), F.avg_pool3d(context[:, 4:6] / 100, 2)], 1)
+            masks = [one_hot_blocks(context[:, channel : channel + 1], self.num_labels) for channel in (0, 2)]
+            # The images also reach the U-Net unencoded: residuals at edges are learned several times faster so
+            # (docs/FINDINGS.md).
+            features = torch.cat([self.condition_encoder(torch.cat([*masks, images], 1)), images], 1)
             if self.correspondence is not None:
                 features = torch.cat([features, self.correspondence(context)], 1)
         return Condition(features.float(), sigma)
