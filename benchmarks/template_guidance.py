@@ -150,7 +150,7 @@ def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
     return pairs
 
 
-def measure(rendered: np.ndarray, pair: dict[str, Any], prior: np.ndarray) -> dict[str, float]:
+def measure(rendered: np.ndarray, pair: dict[str, Any]) -> dict[str, float]:
     """All columns of one rendered case."""
     truth, label = pair["image"][0].numpy(), pair["label"][0].numpy().round().astype(np.int64)
     row = {name: MEASURES[m](rendered, truth, label, labels) for name, (m, labels) in COLUMNS.items()}
@@ -171,7 +171,7 @@ def evaluate(
     for pair in pairs:
         item = paint(pair)
         rendered = inferer(item["context"][None], network, [pair["case"]])[0, 0].numpy()
-        rows.append(measure(rendered, pair, item["prior"][0].numpy()))
+        rows.append(measure(rendered, pair))
         if len(rows) == 1:
             label = pair["label"][0].numpy()
             save_sheet(
@@ -189,7 +189,7 @@ def painted(pairs: list[dict[str, Any]], nominal_hu: list[float]) -> dict[str, f
         item = PaintPriord(nominal_hu=nominal_hu)(pair)
         prior = item["prior"][0].numpy()
         noise = np.random.default_rng(index).normal(0, float(pair["grain_sd"]), prior.shape)
-        rows.append(measure(prior + noise, pair, prior))
+        rows.append(measure(prior + noise, pair))
     return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -205,7 +205,7 @@ def main(
     base = build(dataset_dir, work, steps, 0, {})
     nominal = base.get_parsed_content("nominal_hu")
     pairs = test_pairs(base, cases)
-    truth = [measure(p["image"][0].numpy(), p, p["image"][0].numpy()) for p in pairs]
+    truth = [measure(p["image"][0].numpy(), p) for p in pairs]
     table: dict[str, Any] = {
         "true image (ceiling)": [{k: float(np.nanmean([row[k] for row in truth])) for k in truth[0]}],
         "painted prior + white noise, no network": [painted(pairs, nominal)],

@@ -21,7 +21,6 @@ _MIN_VOXELS = 8
 _BACKGROUND_SIGMA_VOXELS = 0.8
 _BORDER_VOXELS = 4
 _ROUND_OFF_HU = 1e-3
-_NOISE_RANGE_HU = (-200.0, 700.0)
 
 
 def label_statistics(image_hu: torch.Tensor, label: torch.Tensor, num_labels: int) -> torch.Tensor:
