@@ -1,19 +1,53 @@
-"""Layer 2: refusing volumes that would train or render nonsense."""
+"""Layer 2: reading volumes, and refusing those that would train or render nonsense."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import LoadImage, MapTransform
+from nibabel.orientations import io_orientation
 
 
 def file_of(volume: Any) -> str:
     """Name of the file a volume was read from."""
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume without a file"))
+
+
+class LoadVolumesd(MapTransform):
+    """`LoadImaged` whose error names the file: nibabel does not, for one that is cut short or holds colours.
+
+    Args:
+        keys: files to read.
+
+    Raises:
+        FileNotFoundError: naming the missing file.
+        ValueError: naming the unreadable file and the reason.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+        self.load = LoadImage(image_only=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read the volumes of one item."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            try:
+                item[key] = self.load(item[key])
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # whatever nibabel, gzip, zlib and numpy raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"{item[key]}: cannot be read as a volume of numbers ({reason}); "
+                    "the file is damaged or holds colours, copy or convert it anew"
+                ) from error
+        return item
 
 
 class CheckVolumesd(MapTransform):
@@ -23,7 +57,7 @@ class CheckVolumesd(MapTransform):
         keys: all volumes to check.
         label_keys: those of `keys` that are label maps, already mapped to the ids of the model.
         num_labels: label ids 0 to num_labels - 1.
-        spacing_mm: spacing of the model; None leaves the spacing unchecked.
+        spacing_mm: spacing of the model along the axes of RAS; None leaves the spacing unchecked.
         air_below_hu: an image without any voxel below this is not in HU (8-bit, unsigned or normalised data).
         grids: pairs of keys that must share one grid.
 
@@ -32,6 +66,8 @@ class CheckVolumesd(MapTransform):
     """
 
     _MAX_SPACING_RATIO = 3.0
+    _MIN_VOXELS = 2
+    _AFFINE_TOLERANCE_MM = 1e-2
     _HU_LIMITS = (-4000.0, 40000.0)
 
     def __init__(
@@ -69,13 +105,25 @@ class CheckVolumesd(MapTransform):
             )
         if not bool(torch.isfinite(torch.as_tensor(volume)).all()):
             raise ValueError(f"{file_of(volume)}: holds NaN or infinite voxels; replace them before use")
-        if self.spacing_mm is None or not isinstance(volume, MetaTensor):
-            return
-        ratio = (volume.pixdim.float() / torch.tensor(self.spacing_mm).float()).max().item()
+        if self.spacing_mm is not None and isinstance(volume, MetaTensor):
+            self._check_spacing(volume, self.spacing_mm)
+
+    def _check_spacing(self, volume: MetaTensor, spacing_mm: Sequence[float]) -> None:
+        order = io_orientation(volume.affine.numpy())[:, 0].astype(int)  # the file's axes may come in any order
+        spacing = np.asarray(spacing_mm, dtype=float)[order]
+        pixdim = volume.pixdim.numpy()
+        given = f"spacing {[float(f'{p:g}') for p in pixdim]} mm"
+        ratio, voxels = (pixdim / spacing).max(), pixdim * volume.shape[1:] / spacing
         if ratio > self._MAX_SPACING_RATIO:
             raise ValueError(
-                f"{file_of(volume)}: spacing {volume.pixdim.tolist()} mm is {ratio:.1f} times the model's "
-                f"{list(self.spacing_mm)} mm; at most {self._MAX_SPACING_RATIO:g} times is possible, use finer data"
+                f"{file_of(volume)}: {given} is {ratio:.1f} times the model's {spacing.tolist()} mm; "
+                f"at most {self._MAX_SPACING_RATIO:g} times is possible, use finer data"
+            )
+        if voxels.min() < self._MIN_VOXELS:
+            raise ValueError(
+                f"{file_of(volume)}: {tuple(volume.shape[1:])} voxels of {given} are fewer than {self._MIN_VOXELS} "
+                f"of the model's {spacing.tolist()} mm along an axis; "
+                "correct the spacing in the header (mm), or use a larger field of view"
             )
 
     def _check_image(self, image: Any) -> None:
@@ -103,11 +151,11 @@ class CheckVolumesd(MapTransform):
             raise ValueError(f"{file_of(label)}: the mask is empty; every case needs at least one label")
 
     def _check_grid(self, first: Any, second: Any) -> None:
-        same = first.shape[1:] == second.shape[1:]
-        if same and isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
-            same = torch.allclose(first.affine, second.affine, atol=1e-2)
-        if not same:
+        sizes, difference = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0
+        if isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
+            difference = float((first.affine - second.affine).abs().max())
+        if sizes[0] != sizes[1] or difference > self._AFFINE_TOLERANCE_MM:
             raise ValueError(
-                f"{file_of(first)} and {file_of(second)}: image and mask must share one grid, got sizes "
-                f"{tuple(first.shape[1:])} and {tuple(second.shape[1:])} or different affines; resample the mask"
+                f"{file_of(first)} and {file_of(second)}: image and mask must share one grid, got sizes {sizes[0]} and "
+                f"{sizes[1]} and affines that differ by up to {difference:g} mm; resample the mask"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_cases(
 
     Raises:
         FileNotFoundError: when a datalist or a listed file is missing.
-        ValueError: when a case lacks a key, or no case is found.
+        ValueError: when a datalist is malformed, a case lacks a key, or no case is found.
     """
     cases = []
     for datalist in [datalists] if isinstance(datalists, str) else datalists:
@@ -54,7 +55,9 @@ def load_cases(
         base = os.path.dirname(os.path.abspath(datalist))
         try:
             items = load_decathlon_datalist(datalist, data_list_key=section, base_dir=base)
-        except ValueError:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            raise ValueError(f"{datalist}: must be JSON with lists of cases, each a dictionary ({error})") from error
+        except (ValueError, IndexError):  # MONAI: no such section; an empty "test"
             items = []
         for item in items[:limit]:
             absent = [key for key in keys if key not in item]

@@ -8,8 +8,6 @@ import torch
 from monai.engines.utils import PrepareBatch
 from monai.networks.schedulers import Scheduler
 
-from custom.networks import StructDiffUNet, output_scale
-
 
 def _move(batchdata: dict[str, Any], key: str, device: Any, non_blocking: bool) -> torch.Tensor:
     return batchdata[key].as_subclass(torch.Tensor).to(device=device, dtype=torch.float32, non_blocking=non_blocking)
@@ -20,12 +18,11 @@ class PrepareResidualDiffusion(PrepareBatch):
 
     Args:
         scheduler: training schedule.
-        network: the bare network, asked for its output scale.
         residual_scale_hu: HU of one unit of the diffused residual.
     """
 
-    def __init__(self, scheduler: Scheduler, network: StructDiffUNet, *, residual_scale_hu: float) -> None:
-        self.scheduler, self.network, self.residual_scale_hu = scheduler, network, residual_scale_hu
+    def __init__(self, scheduler: Scheduler, *, residual_scale_hu: float) -> None:
+        self.scheduler, self.residual_scale_hu = scheduler, residual_scale_hu
 
     def residual(
         self, batchdata: dict[str, Any], device: Any, non_blocking: bool = False
@@ -41,11 +38,10 @@ class PrepareResidualDiffusion(PrepareBatch):
         residual, context = self.residual(batchdata, device, non_blocking)
         noise = torch.randn_like(residual)
         timesteps = torch.randint(0, self.scheduler.num_train_timesteps, (len(residual),), device=residual.device)
-        with torch.no_grad():
-            scale = output_scale(self.network, context, timesteps)
         targets = {
             "velocity": self.scheduler.get_velocity(residual, noise, timesteps),
-            "output_scale": scale,
+            "residual": residual,
+            "timesteps": timesteps,
             "label": _move(batchdata, "label", device, non_blocking),
             "context": context,
             "image": _move(batchdata, "image", device, non_blocking),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,12 @@ from monai.handlers import CheckpointLoader
 
 from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
-from custom.networks import StructDiffUNet, context_modes, residual_regions, residual_unit
+from custom.networks import StructDiffUNet
+from custom.residual import (
+    ResidualMoments,
+    label_edges,
+    to_local,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,33 +60,29 @@ class SeedEachEpoch:
 
 
 def residual_sigma(
-    batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, network: StructDiffUNet, device: torch.device
+    batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, moments: ResidualMoments, device: torch.device
 ) -> torch.Tensor:
-    """Root mean square of the packed residual, in its unit, per (mode, region, Haar band).
+    """Root mean square of the packed residual in its local basis and unit, per (mode, region, channel).
 
     Args:
         batches: training batches.
         prepare: how a batch becomes a residual.
-        network: gives the shape of the table.
+        moments: gives the shape of the table.
         device: where to measure.
 
     Returns:
         (modes, regions, 8) float32, at least 0.02; cells that no voxel fell into keep 1.
     """
-    shape = network.residual_sigma.shape
-    total = torch.zeros(shape[0] * shape[1], 9, dtype=torch.float64, device=device)
+    squares, count = torch.zeros(2, *moments.table.shape, dtype=torch.float64, device=device)
     for batch in batches:
-        residual, context = prepare.residual(batch, device)
-        residual, context = pad_to_multiple(residual, 2), pad_to_multiple(context, 2)
-        region = residual_regions(context[:, :1], context[:, 3:4])
-        cell = context_modes(context).view(-1, 1, 1, 1) * shape[1] + region
-        squares = (
-            (haar_pack(residual) / residual_unit(context, region)).double().pow(2).permute(0, 2, 3, 4, 1).reshape(-1, 8)
-        )
-        total.index_add_(0, cell.flatten(), torch.cat([squares, torch.ones_like(squares[:, :1])], 1))
-    total = torch.as_tensor(idist.all_reduce(total))
-    measured = (total[:, :8] / total[:, 8:]).sqrt().clamp(min=_MIN_SIGMA)
-    return torch.where(total[:, 8:] > 0, measured, torch.ones_like(measured)).reshape(shape).float()
+        residual, context = (pad_to_multiple(part, 2) for part in prepare.residual(batch, device))
+        cell, unit = moments.cells(context)
+        local = to_local(haar_pack(residual), label_edges(context[:, :1]))
+        more = moments.mean_squares(local / unit, cell)
+        squares, count = squares + more[0], count + more[1]
+    squares, count = (torch.as_tensor(idist.all_reduce(part)) for part in (squares, count))
+    measured = (squares / count).sqrt().clamp(min=_MIN_SIGMA)
+    return torch.where(count > 0, measured, torch.ones_like(measured)).float()
 
 
 def declared(handler: Any) -> Any:
@@ -172,8 +174,8 @@ class LoadWeights:
             )
         try:
             self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            detail = str(error).strip().splitlines()[-1].strip()
+        except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise ValueError(
                 f"{self.path}: these are not weights of the configured network ({detail}); "
                 "use the `network_def` (preset) they were trained with"
@@ -224,9 +226,9 @@ class MeasureResidual:
         """Measure unless training was resumed."""
         if engine.state.epoch > 0:
             return
-        sigma = residual_sigma(self._some(), self.prepare, self.network, self.device)
+        sigma = residual_sigma(self._some(), self.prepare, self.network.moments, self.device)
         for network in (self.network, self.shadow):
-            network.set_residual_sigma(sigma)
+            network.moments.set_table(sigma)
         logger.info("residual sigma (mode, region, low-pass and highest band): %s", sigma[..., [0, 7]].tolist())
 
 

@@ -20,9 +20,9 @@ from custom.diffusion import (
     haar_pack,
     haar_unpack,
     pad_to_multiple,
-    precondition,
 )
 from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.residual import from_local, label_edges, to_local
 from custom.schedulers import ListedDDIMScheduler
 
 _PRIOR = CONTEXT_CHANNELS.index("prior_hu")
@@ -40,35 +40,39 @@ def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> 
     """Overlapping windows that cover a volume; starts are even, so that all windows share one Haar grid.
 
     Args:
-        size: (H, W, D) of the volume.
+        size: (H, W, D) of the volume, even.
         roi_size: (H, W, D) of a window, even; an axis shorter than the window is covered by one shorter window.
         overlap: fraction of a window shared with the next, in [0, 1).
     """
-    roi = [min(r, n + n % 2) for r, n in zip(roi_size, size, strict=True)]
+    roi = [min(r, n) for r, n in zip(roi_size, size, strict=True)]
     interval = [max(2, int(r * (1 - overlap)) // 2 * 2) for r in roi]
-    even = [n + n % 2 for n in size]
-    slices = dense_patch_slices(even, roi, interval)
-    return [tuple(slice(s.start, min(s.stop, n)) for s, n in zip(window, size, strict=True)) for window in slices]
+    return dense_patch_slices(list(size), roi, interval)
+
+
+def _packed(window: Sequence[slice]) -> tuple[slice, ...]:
+    """The window on the packed grid; starts and stops are even."""
+    return tuple(slice(axis.start // 2, axis.stop // 2) for axis in window)
 
 
 def blended(
-    predict: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor, windows: Sequence[tuple[slice, ...]]
+    predict: Callable[[int], torch.Tensor], windows: Sequence[tuple[slice, ...]], size: Sequence[int]
 ) -> torch.Tensor:
     """Average of overlapping window predictions, Gaussian-weighted towards window centres.
 
     Args:
-        predict: (window of x, index of the window) -> prediction of the same shape.
-        x: (B, 1, H, W, D).
+        predict: index of the window -> prediction (B, C, h, w, d) there.
         windows: slices covering the volume; a single window is predicted as it is.
+        size: (H, W, D) of the volume.
     """
+    part = predict(0)
     if len(windows) == 1:
-        return predict(x, 0)
-    total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
+        return part
+    total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(1, 1, *size)
     for index, window in enumerate(windows):
-        part = predict(at(x, window), index)
-        importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=x.device)
+        part = predict(index) if index else part
+        importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=part.device)
         importance = importance.clamp(min=1e-3)
-        at(total, window).add_(importance * part)
+        at(total, window).add_(part * importance)
         at(weight, window).add_(importance)
     return total / weight
 
@@ -138,14 +142,15 @@ class StructDiffInferer(Inferer):
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
         size = tuple(context.shape[2:])
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
-        windows = windows_of(size, self.roi_size or [n + n % 2 for n in size], self.overlap)
-        residual = self._denoise(noise, context, network, windows)
-        return (residual * self.residual_scale_hu + context[:, _PRIOR : _PRIOR + 1]).clamp(*self.hu_range)
+        residual = self._denoise(pad_to_multiple(noise, 2), pad_to_multiple(context, 2), network)
+        prior = context[:, _PRIOR : _PRIOR + 1]
+        return (at(residual, corner(size)) * self.residual_scale_hu + prior).clamp(*self.hu_range)
 
-    def _denoise(
-        self, noise: torch.Tensor, context: torch.Tensor, network: StructDiffUNet, windows: Sequence[tuple[slice, ...]]
-    ) -> torch.Tensor:
-        """Scaled residual of a batch: the probability flow in the preconditioned angle, from noise to image."""
+    def _denoise(self, noise: torch.Tensor, context: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
+        """Scaled residual of a batch of even size: the probability flow in the preconditioned angle, noise to image."""
+        size = context.shape[2:]
+        windows = windows_of(size, self.roi_size or size, self.overlap)
+        packed, grid = [_packed(window) for window in windows], [n // 2 for n in size]
         cache: dict[int, Condition] = {}
 
         def condition(index: int) -> Condition:
@@ -156,23 +161,28 @@ class StructDiffInferer(Inferer):
                 cache[index] = encoded
             return encoded
 
-        def predict(timesteps: torch.Tensor, part: torch.Tensor, index: int) -> torch.Tensor:
-            return network.denoise(part, timesteps, condition(index))
+        def moments(index: int) -> torch.Tensor:
+            encoded = condition(index)
+            both = torch.cat([encoded.mean, encoded.sigma.log()], 1)
+            return at(both, corner([axis.stop - axis.start for axis in packed[index]]))
 
-        inside = corner(noise.shape[2:])
-        sigma = network.sigma_map(pad_to_multiple(context, 2))
-        y, previous = haar_pack(pad_to_multiple(noise, 2)), None
+        def flow(bands: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
+            return network.flow(at(bands, packed[index]), timesteps, condition(index).features)
+
+        mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
+        sigma, edge = log_sigma.exp(), label_edges(context[:, :1])
+        y, previous = to_local(haar_pack(noise), edge), None
         times = self.scheduler.timesteps.tolist()
         alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image
         for t, following in tqdm(
             list(zip(times, [*times[1:], -1], strict=True)), desc="rendering", disable=not self.progress, leave=False
         ):
             timesteps = torch.full((len(noise),), t, dtype=torch.long, device=noise.device)
-            a, s = amplitudes(alphas, timesteps, y.ndim)
-            c_in, c_skip, c_out = precondition(a, s, sigma)
-            x = haar_unpack(y / c_in)
-            velocity = blended(partial(predict, timesteps), at(x, inside), windows)
-            f = (haar_pack(pad_to_multiple(velocity, 2)) - c_skip * y / c_in) / c_out
-            step = angle(*amplitudes(alphas, torch.full_like(timesteps, following), y.ndim), sigma) - angle(a, s, sigma)
-            y, previous = angle_step(y, f, step, previous), (f, step)
-        return at(haar_unpack(sigma * y), inside)
+            now, then = (
+                angle(*amplitudes(alphas, torch.full_like(timesteps, time), y.ndim), sigma) for time in (t, following)
+            )
+
+            bands = from_local(y, edge)
+            f = to_local(blended(partial(flow, bands, timesteps), packed, grid), edge)
+            y, previous = angle_step(y, f, then - now, previous), (f, then - now)
+        return haar_unpack(mean + from_local(sigma * y, edge))

@@ -8,22 +8,41 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
-from custom.correspondence import CorrespondenceAttention
-from custom.diffusion import at, corner, haar_pack, pad_to_multiple
+from custom.diffusion import amplitudes, at, corner, haar_pack, pad_to_multiple, precondition
+from custom.networks import StructDiffUNet
+from custom.residual import to_local
+
+
+def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Voxelwise loss of a predicted Gaussian: the deviation by its likelihood, the mean by its error over sigma (ours).
+
+        e^2 / (2 sg(sigma) sg(m)) + sg(e)^2 / (2 sigma^2) + log sigma
+
+    with e = residual - mean, m = mean of sigma over the sample, sg = stop gradient. Plain likelihood weighs the mean by
+    1 / sigma^2 and so gives up where the error is large (Seitzer et al. 2022, whose beta-NLL weighs both terms by
+    sigma^(2 beta)); here only the mean is weighed anew, so sigma stays calibrated, and every sample counts alike.
+
+    Args:
+        error, sigma: (B, C, h, w, d); sigma > 0.
+    """
+    square, scale = error.square(), sigma.detach()
+    level = scale.mean((1, 2, 3, 4), keepdim=True)
+    return square / (2 * scale * level) + square.detach() / (2 * sigma.square()) + sigma.log()
 
 
 class StructDiffLoss(_Loss):
-    """Squared velocity error in units of its expected spread, heavier around thin labels (ours).
+    """Loss of the diffusion and of the residual's moments, heavier around thin labels (ours).
 
-    The error is compared on the packed grid, where c_out differs by band and region: mean(w ((v - v*) / c_out)^2) /
-    mean(w), with w = `thin_weight` in blocks within a voxel of a thin label and 1 elsewhere. With the attention
-    given, its two-way consistency is added.
+    Diffusion: the squared velocity error in units of its expected spread c_out, compared in the local
+    basis of `custom.residual.to_local`. Moments: :func:`moments_loss`. Both are averaged with weights, `thin_weight` in
+    blocks within a voxel of a thin label and 1 elsewhere. With correspondence attention in the network, its two-way
+    consistency is added.
 
     Args:
+        network: the bare network, which the loss asks for the moments of the residual.
         thin_labels: ids of thin structures; empty weighs all voxels alike.
         thin_weight: weight around them, at least 1.
-        correspondence: the network's attention, or None.
-        correspondence_weight: factor of its consistency term.
+        correspondence_weight: factor of the consistency term.
 
     Raises:
         ValueError: when `thin_weight` is below 1.
@@ -31,18 +50,18 @@ class StructDiffLoss(_Loss):
 
     def __init__(
         self,
+        network: StructDiffUNet,
         *,
         thin_labels: Sequence[int] = (),
         thin_weight: float = 10.0,
-        correspondence: CorrespondenceAttention | None = None,
         correspondence_weight: float = 0.1,
     ) -> None:
         super().__init__()
         if thin_weight < 1:
             raise ValueError(f"thin_weight: must be at least 1, got {thin_weight}")
         self.thin_labels, self.thin_weight = list(thin_labels), thin_weight
-        # Held in a tuple: the attention belongs to the network, whose parameters it must not list twice.
-        self._correspondence = (correspondence,)
+        # Held in a tuple: the parameters belong to the network, the loss must not list them as its own.
+        self._network = (network,)
         self.correspondence_weight = correspondence_weight
 
     def weights(self, label: torch.Tensor) -> torch.Tensor:
@@ -58,18 +77,26 @@ class StructDiffLoss(_Loss):
 
         Args:
             input: predicted velocity (B, 1, H, W, D).
-            target: `velocity` (B, 1, H, W, D), `output_scale` c_out (B, 8, h, w, d) on the padded packed grid, `label`
-                (B, 1, H, W, D); with the attention also `context` (B, 6, H, W, D) and `image` (B, 1, H, W, D) HU.
+            target: `velocity` and `residual` (B, 1, H, W, D) in residual units, `timesteps` (B,), `context`
+                (B, 6, H, W, D), `label` (B, 1, H, W, D) ids and `image` (B, 1, H, W, D) HU.
 
         Returns:
             scalar.
         """
-        scale = target["output_scale"]
-        multiple = 2
-        error = haar_pack(pad_to_multiple(input.float() - target["velocity"], multiple))
-        weight = self.weights(pad_to_multiple(target["label"].float(), multiple))
-        loss = (weight * (error / at(scale, corner(error.shape[2:]))) ** 2).mean() / weight.mean()
-        attention = self._correspondence[0]
+        network = self._network[0]
+        velocity_error, residual = input.float() - target["velocity"], target["residual"]
+        weight = self.weights(pad_to_multiple(target["label"].float(), 2))
+        condition = network.encode(target["context"])
+        inside = corner(weight.shape[2:])
+        mean, sigma, edge = (at(part, inside) for part in condition[1:])
+        a, s = amplitudes(network.alphas_cumprod, target["timesteps"], sigma.ndim)
+        scale = precondition(a, s, sigma.detach())[2]
+        error = to_local(haar_pack(pad_to_multiple(velocity_error, 2)), edge) / scale
+        centred = to_local(haar_pack(pad_to_multiple(residual, 2)) - mean, edge)
+        if network.training and bool(network.moments.measured):
+            network.moments.track(centred.detach() / sigma.detach(), pad_to_multiple(target["context"].float(), 2))
+        loss = (weight * (error.square() + moments_loss(centred, sigma))).mean() / weight.mean()
+        attention = network.correspondence
         if attention is None:
             return loss
         context = pad_to_multiple(target["context"].float(), attention.stride)

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from monai.networks.layers import GaussianFilter
 from monai.transforms import Randomizable, Transform
+from torch.nn import functional as F
 
 from custom.checks import file_of
 from custom.deformation import identity_coordinates, random_velocity, sample
-from custom.diffusion import at
+from custom.diffusion import at, corner, pad_to_multiple
 from custom.template import label_statistics
 from custom.transforms import plain, sample_cubic
 
 _PSF_SIGMA_VOXELS = 0.5
+_BLOCK = 4
 
 
 def _sample_labels(label: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -28,12 +30,28 @@ def _sample_labels(label: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return winner
 
 
+def near_labels(label: torch.Tensor, reach_mm: float, spacing_mm: Sequence[float]) -> torch.Tensor:
+    """1 in and at labelled regions, falling to 0 over about twice `reach_mm` outside.
+
+    Args:
+        label: (1, 1, H, W, D) ids.
+        reach_mm: standard deviation of the Gaussian that spreads the labels.
+        spacing_mm: voxel size along each axis.
+    """
+    padded = pad_to_multiple((label > 0).float(), _BLOCK)
+    sigma = [reach_mm / s / _BLOCK for s in spacing_mm]
+    spread = GaussianFilter(3, sigma)(F.avg_pool3d(padded, _BLOCK))
+    spread = F.interpolate(spread, padded.shape[2:], mode="trilinear", align_corners=False)
+    return at((2 * spread).clamp(max=1), corner(label.shape[2:]))
+
+
 class RandTemplatePaird(Randomizable, Transform):
     """Make a training pair (target, template of the same appearance) from one subject.
 
     A template of another subject would be ignored, so the template is an independently deformed copy of the target's
     own subject under the same random appearance: the only way to get the intensities right is to read it. What
-    separates the two anatomies stands for what registration leaves over when a template is used on another heart. The
+    separates the two anatomies stands for what registration leaves over when a template is used on another heart. It
+    fades away from the labels: there the mask asks for nothing, and whatever an aligned template shows is right. The
     template's own grain is replaced by surrogate grain, so that grain cannot be traced from template to target.
     Images are read by cubic splines, which keep thin vessels and grain where linear interpolation would blur them.
 
@@ -48,6 +66,7 @@ class RandTemplatePaird(Randomizable, Transform):
         target_amplitude_mm: RMS displacement of the target's own deformation.
         template_amplitude_mm: range of the RMS displacement between template and target.
         sigma_mm: correlation length of the deformations.
+        reach_mm: distance from the labels over which template and target come to agree.
         undeformed_prob: probability of taking the target as it was scanned.
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
         label_shift_hu: SD of a further shift of every label.
@@ -65,8 +84,9 @@ class RandTemplatePaird(Randomizable, Transform):
         spacing_mm: Sequence[float],
         roi_size: Sequence[int] | None = None,
         target_amplitude_mm: float = 5.0,
-        template_amplitude_mm: Sequence[float] = (0.0, 6.0),
+        template_amplitude_mm: Sequence[float] = (0.0, 3.0),
         sigma_mm: float = 25.0,
+        reach_mm: float = 12.0,
         undeformed_prob: float = 0.4,
         contrast_shift_hu: float = 70.0,
         label_shift_hu: float = 20.0,
@@ -77,7 +97,7 @@ class RandTemplatePaird(Randomizable, Transform):
         self.spacing_mm, self.sigma_mm = list(spacing_mm), sigma_mm
         self.roi_size = None if roi_size is None else list(roi_size)
         self.target_amplitude_mm, self.template_amplitude_mm = target_amplitude_mm, template_amplitude_mm
-        self.undeformed_prob = undeformed_prob
+        self.reach_mm, self.undeformed_prob = reach_mm, undeformed_prob
         self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
         self.contrast_above_hu, self.grain_gain, self.blur_voxels = contrast_above_hu, grain_gain, blur_voxels
 
@@ -107,7 +127,7 @@ class RandTemplatePaird(Randomizable, Transform):
         structure = self._blurred(plain(item["structure"]) + shifts)
         grain = plain(item["image"]) - plain(item["structure"])
         scanned = structure + grain * self._gain
-        target_at, template_at = self._coordinates(size)
+        target_at, template_at = self._coordinates(label)
         roi = self.roi_size or size
         centre = [slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, roi, strict=True)]
         where = at(template_at, centre)
@@ -144,8 +164,9 @@ class RandTemplatePaird(Randomizable, Transform):
     def _blurred(self, structure: torch.Tensor) -> torch.Tensor:
         return GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure
 
-    def _coordinates(self, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _coordinates(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where target and template read the subject, each (1, 3, H, W, D) in voxels."""
+        size = label.shape[2:]
         generator = torch.Generator().manual_seed(self._seed)
 
         def displacement(amplitude_mm: float) -> torch.Tensor:
@@ -154,6 +175,8 @@ class RandTemplatePaird(Randomizable, Transform):
             )
 
         target = identity_coordinates(size)
+        near = near_labels(label, self.reach_mm, self.spacing_mm)
         if self._deformed:
             target = target + displacement(self.target_amplitude_mm)
-        return target, target + displacement(self._amplitude_mm)
+            near = sample(near, target)
+        return target, target + near * displacement(self._amplitude_mm)

@@ -56,8 +56,9 @@ def fill_holes(image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
     if bool(valid.all()) or not bool(valid.any()):
         return image
-    weight = F.avg_pool3d(valid.to(image.dtype), 2, ceil_mode=True)
-    coarse = F.avg_pool3d(image * valid, 2, ceil_mode=True) / weight.clamp(min=1e-6)
+    blocks = [min(2, n) for n in image.shape[2:]]
+    weight = F.avg_pool3d(valid.to(image.dtype), blocks, ceil_mode=True)
+    coarse = F.avg_pool3d(image * valid, blocks, ceil_mode=True) / weight.clamp(min=1e-6)
     coarse = fill_holes(coarse, weight > 0)
     pushed = F.interpolate(coarse, image.shape[2:], mode="trilinear", align_corners=False)
     return torch.where(valid, image, pushed)

@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from custom.checks import file_of
 from custom.deformation import sample
-from custom.networks import MODES
 from custom.registration import template_coordinates
+from custom.residual import MODES
 from custom.template import (
     complete_statistics,
     label_statistics,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from monai.config import PathLike
 from monai.data import NibabelWriter
-from monai.transforms import SaveImage, Transform
+from monai.transforms import Transform
 
 
 class AtomicNibabelWriter(NibabelWriter):
@@ -20,13 +20,18 @@ class AtomicNibabelWriter(NibabelWriter):
         """Write one file.
 
         Raises:
-            OSError: when the disk is full or the folder cannot be written; no partial file keeps the final name.
+            OSError: naming the file, when the disk is full or the folder cannot be written; no partial file stays.
         """
         path = Path(filename)
         temporary = path.with_name(f".partial_{os.getpid()}_{path.name}")
         try:
             super().write(temporary, verbose, **obj_kwargs)
             os.replace(temporary, path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno, f"{reason}; nothing was written, make room or change the folder", path
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -41,10 +46,17 @@ class SaveRenderingd(Transform):
 
     def __init__(self, key: str, *, output_dir: str) -> None:
         self.key, self.output_dir = key, output_dir
-        self.saver = SaveImage(writer=AtomicNibabelWriter, output_dtype="int16", resample=False, print_log=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Write one case."""
+        """Write one case. Not by `SaveImage`: it turns a full disk into advice to install other writers.
+
+        Raises:
+            OSError: see :class:`AtomicNibabelWriter`.
+        """
         os.makedirs(self.output_dir, exist_ok=True)
-        self.saver(torch.round(data[self.key]), filename=os.path.join(self.output_dir, data["case"]))
+        volume = data[self.key]
+        writer = AtomicNibabelWriter(output_dtype="int16")
+        writer.data_obj = torch.round(volume[0])  # `set_data_array` would drop a last axis of one voxel
+        writer.set_metadata(volume.meta, resample=False)
+        writer.write(os.path.join(self.output_dir, f"{data['case']}.nii.gz"))
         return dict(data)
