@@ -22,7 +22,7 @@ from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionMo
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,9 @@ def _with_context(size: int) -> dict[str, torch.Tensor]:
 
 
 def _with_condition(network: StructDiffUNet) -> Callable[[int], dict[str, Any]]:
-    width = network.unet.in_channels - 8
-
     def inputs(size: int) -> dict[str, Any]:
-        grid = (size // 2,) * 3
-        return {**_noisy(size), "condition": Condition(torch.randn(1, width, *grid), torch.ones(1, 8, *grid))}
+        with torch.no_grad():
+            return {**_noisy(size), "condition": network.encode(_with_context(size)["context"])}
 
     return inputs
 

@@ -76,6 +76,7 @@ def measure(image: np.ndarray, item: dict, template: np.ndarray, template_label:
         "coronary_contrast_of_template_hu": contrast(template, template_label),
         "noise_ratio": noise_sd(image, inside) / noise_sd(template, template_inside),
         "ghost_step_hu": ghost_step(image, label, item["template_label"][0].numpy()),
+        "ghost_step_of_the_prior_hu": ghost_step(item["prior"][0].numpy(), label, item["template_label"][0].numpy()),
         "template_texture_correlation": texture_correlation(
             image, item["template_image"][0].numpy(), (label == 0) & (image > -300)
         ),

@@ -164,7 +164,10 @@ def evaluate(
     """Mean columns over the held-out cases; draws the first case."""
     mode = "mask_only" if arm.get("mode_prob") else "template"
     paint = PaintPriord(
-        nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"], mode=mode, use_prior=arm.get("use_prior", True)
+        nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"],
+        mode=mode,
+        thin_labels=VESSEL,
+        use_prior=arm.get("use_prior", True),
     )
     inferer = StructDiffInferer(ListedDDIMScheduler(10), residual_scale_hu=arm.get("residual_scale_hu", 100.0))
     rows = []

@@ -21,14 +21,14 @@ from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
 from custom.networks import StructDiffUNet
 from custom.residual import (
+    GAUSSIAN,
+    MIN_SIGMA,
     ResidualMoments,
     label_edges,
     to_local,
 )
 
 logger = logging.getLogger(__name__)
-
-_MIN_SIGMA = 0.02
 
 
 class SeedEachEpoch:
@@ -62,7 +62,7 @@ class SeedEachEpoch:
 def residual_sigma(
     batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, moments: ResidualMoments, device: torch.device
 ) -> torch.Tensor:
-    """Root mean square of the packed residual in its local basis and unit, per (mode, region, channel).
+    """Deviation of the packed residual in its local basis and unit, by its mean absolute value (robust).
 
     Args:
         batches: training batches.
@@ -71,17 +71,17 @@ def residual_sigma(
         device: where to measure.
 
     Returns:
-        (modes, regions, 8) float32, at least 0.02; cells that no voxel fell into keep 1.
+        (modes, regions, 8) float32, at least MIN_SIGMA; cells that no voxel fell into keep 1.
     """
-    squares, count = torch.zeros(2, *moments.table.shape, dtype=torch.float64, device=device)
+    sums, count = torch.zeros(2, *moments.table.shape, dtype=torch.float64, device=device)
     for batch in batches:
         residual, context = (pad_to_multiple(part, 2) for part in prepare.residual(batch, device))
         cell, unit = moments.cells(context)
         local = to_local(haar_pack(residual), label_edges(context[:, :1]))
-        more = moments.mean_squares(local / unit, cell)
-        squares, count = squares + more[0], count + more[1]
-    squares, count = (torch.as_tensor(idist.all_reduce(part)) for part in (squares, count))
-    measured = (squares / count).sqrt().clamp(min=_MIN_SIGMA)
+        more = moments.absolute_sums(local / unit, cell)
+        sums, count = sums + more[0], count + more[1]
+    sums, count = (torch.as_tensor(idist.all_reduce(part)) for part in (sums, count))
+    measured = (GAUSSIAN * sums / count).clamp(min=MIN_SIGMA)
     return torch.where(count > 0, measured, torch.ones_like(measured)).float()
 
 
@@ -94,11 +94,15 @@ def declared(handler: Any) -> Any:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a neighbour, then move it in place."""
+    """`torch.save` to a neighbour, then move it in place; an error leaves no part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Resume:

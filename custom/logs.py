@@ -24,10 +24,12 @@ class Previews:
         directory: of the pictures.
         vessel_labels: ids of the vessel projection.
         cases: at most so many batches are drawn.
+        by_case: one picture `<case>.png` for each case instead of one `epoch_<n>.png` for all.
     """
 
-    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1) -> None:
-        self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
+    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1, by_case: bool = False) -> None:
+        self.directory, self.vessel_labels = Path(directory), vessel_labels
+        self.cases, self.by_case = cases, by_case
         self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._drawn = 0
 
@@ -47,6 +49,9 @@ class Previews:
         if len(truth) == 2:
             self._rows.append((f"{case}: true", truth[0], truth[1]))
         self._rows.append((f"{case}: rendered", rendered, truth[-1]))
+        if self.by_case:
+            save_sheet(self.directory / f"{case}.png", self._rows, vessel_labels=self.vessel_labels)
+            self._rows = []
 
     def write(self, engine: Engine) -> None:
         """Write the picture."""

@@ -10,24 +10,25 @@ from torch.nn.modules.loss import _Loss
 
 from custom.diffusion import amplitudes, at, corner, haar_pack, pad_to_multiple, precondition
 from custom.networks import StructDiffUNet
-from custom.residual import to_local
+from custom.residual import GAUSSIAN, to_local
 
 
 def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Voxelwise loss of a predicted Gaussian: the deviation by its likelihood, the mean by its error over sigma (ours).
+    """Voxelwise loss of a predicted mean, by its squared error over sigma, and of sigma, by the absolute error (ours).
 
-        e^2 / (2 sg(sigma) sg(m)) + sg(e)^2 / (2 sigma^2) + log sigma
+        e^2 / (2 sg(sigma) sg(m)) + sqrt(pi / 2) |sg(e)| / sigma + log sigma
 
-    with e = residual - mean, m = mean of sigma over the sample, sg = stop gradient. Plain likelihood weighs the mean by
-    1 / sigma^2 and so gives up where the error is large (Seitzer et al. 2022, whose beta-NLL weighs both terms by
-    sigma^(2 beta)); here only the mean is weighed anew, so sigma stays calibrated, and every sample counts alike.
+    with e = residual - mean, m = mean of sigma over the sample, sg = stop gradient. Gaussian likelihood weighs the mean
+    by 1 / sigma^2 and so gives up where the error is large (Seitzer et al. 2022); here every sample counts alike. The
+    absolute error gives the deviation of Gaussian data as well, but structures that the mean misses here and there do
+    not raise the grain everywhere.
 
     Args:
         error, sigma: (B, C, h, w, d); sigma > 0.
     """
-    square, scale = error.square(), sigma.detach()
+    scale = sigma.detach()
     level = scale.mean((1, 2, 3, 4), keepdim=True)
-    return square / (2 * scale * level) + square.detach() / (2 * sigma.square()) + sigma.log()
+    return error.square() / (2 * scale * level) + GAUSSIAN * error.detach().abs() / sigma + sigma.log()
 
 
 class StructDiffLoss(_Loss):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import pi
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,13 +12,17 @@ from custom.diffusion import depth_to_space, haar_pack, haar_unpack, space_to_de
 
 MODES = ("template", "mask_only", "unconditional")
 REGIONS = ("soft_background", "lung", "interior", "background_edge", "label_edge_inside", "label_edge_outside")
+MIN_SIGMA = 0.01
+"""Lower limit of the table of deviations, in its unit."""
+GAUSSIAN = (pi / 2) ** 0.5
+"""Standard deviation of a Gaussian over its mean absolute value."""
 _LUNG_BELOW_HU = -400.0
 _EDGE_RANGE_HU = 100.0
 _MIN_UNIT_HU = 5.0
 _LOG_RANGE = 3.0
 _HIDDEN_CHANNELS = 24
-_TRACKING = 0.03
-_MIN_SIGMA = 0.01
+_TRACKING = 0.02
+_MAX_RATIO = 5.0
 
 
 def _on_boundary(label: torch.Tensor) -> torch.Tensor:
@@ -167,11 +173,11 @@ class ResidualMoments(nn.Module):
         return (mode * len(REGIONS) + region) * 8 + channel, residual_unit(context, region)
 
     @torch.no_grad()
-    def mean_squares(self, values: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of squares and counts of values (B, 8, h, w, d) per cell of the table, each (modes, regions, 8)."""
+    def absolute_sums(self, values: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of |values| (B, 8, h, w, d) and their number per cell of the table, each (modes, regions, 8)."""
         total = torch.zeros(self.table.numel(), 2, dtype=torch.float64, device=values.device)
-        squares = values.double().square()
-        total.index_add_(0, cell.flatten(), torch.stack([squares, torch.ones_like(squares)], -1).reshape(-1, 2))
+        sizes = values.double().abs()
+        total.index_add_(0, cell.flatten(), torch.stack([sizes, torch.ones_like(sizes)], -1).reshape(-1, 2))
         return total[:, 0].view_as(self.table), total[:, 1].view_as(self.table)
 
     @torch.no_grad()
@@ -182,9 +188,9 @@ class ResidualMoments(nn.Module):
             standardised: (B, 8, h, w, d), (residual - mean) / deviation in the local basis.
             context: (B, 6, 2h, 2w, 2d).
         """
-        squares, count = self.mean_squares(standardised, self.cells(context)[0])
-        ratio = torch.where(count > 0, squares / count, 1.0).float()
-        self.table.mul_(((1 - _TRACKING) + _TRACKING * ratio).sqrt().clamp(min=0.5, max=2.0)).clamp_(min=_MIN_SIGMA)
+        sums, count = self.absolute_sums(standardised, self.cells(context)[0])
+        ratio = torch.where(count > 0, GAUSSIAN * sums / count, 1.0).float().clamp(max=_MAX_RATIO)
+        self.table.mul_(1 + _TRACKING * (ratio - 1)).clamp_(min=MIN_SIGMA)
 
     def forward(
         self, features: torch.Tensor, images: torch.Tensor, context: torch.Tensor

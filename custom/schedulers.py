@@ -55,9 +55,8 @@ class ListedDDIMScheduler(DDIMScheduler):
         """Set the times of the network calls: a list, or a number of evenly spaced steps."""
         if isinstance(num_inference_steps, int):
             # MONAI's constructor asks for the whole training schedule; a sampler needs one call fewer.
-            num_inference_steps = spaced_timesteps(
-                min(num_inference_steps, self.num_train_timesteps - 1), self.num_train_timesteps
-            )
+            whole = num_inference_steps == self.num_train_timesteps
+            num_inference_steps = spaced_timesteps(num_inference_steps - whole, self.num_train_timesteps)
         times = [int(t) for t in num_inference_steps]
         if not times or times[0] >= self.num_train_timesteps or times[-1] < 0:
             raise ValueError(f"timesteps: must be a non-empty list within [0, {self.num_train_timesteps}), got {times}")

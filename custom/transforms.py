@@ -17,6 +17,7 @@ from custom.registration import template_coordinates
 from custom.residual import MODES
 from custom.template import (
     complete_statistics,
+    fitted_template,
     label_statistics,
     noise_sd,
     paint_prior,
@@ -119,16 +120,25 @@ class PaintPriord(Transform):
     Args:
         nominal_hu: plausible mean HU of every label, background first; paints what no template tells.
         mode: "template" (mask and template), "mask_only" or "unconditional".
+        thin_labels: ids that are painted only, never shown in the template image (`custom.template.fitted_template`).
         use_prior: False paints a constant instead of the template, for comparison (benchmarks/template_guidance.py).
 
     Raises:
         ValueError: on an unknown mode.
     """
 
-    def __init__(self, *, nominal_hu: Sequence[float], mode: str = "template", use_prior: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        nominal_hu: Sequence[float],
+        mode: str = "template",
+        thin_labels: Sequence[int] = (),
+        use_prior: bool = True,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: must be one of {MODES}, got {mode!r}")
         self.nominal_hu, self.mode, self.use_prior = list(nominal_hu), mode, use_prior
+        self.thin_labels = list(thin_labels)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Paint one item."""
@@ -146,6 +156,7 @@ class PaintPriord(Transform):
         if mode == "template" and self.use_prior:
             background = template_background(template, template_label)
             prior, sd = paint_prior(label, self._statistics(data, label), background, float(data["grain_sd"]))
+            template = fitted_template(template, template_label, label, prior, self.thin_labels)
         elif mode == "mask_only" and self.use_prior:
             table = torch.tensor(self.nominal_hu)[:, None].expand(-1, 2) * torch.tensor([1.0, 0.0])
             prior, sd = paint_prior(label, table, flat, 0.0)
@@ -171,14 +182,19 @@ class RandPaintPriord(PaintPriord, Randomizable):
     """:class:`PaintPriord` with a random mode, so that one set of weights serves all three.
 
     Args:
-        nominal_hu, use_prior: as there.
+        nominal_hu, thin_labels, use_prior: as there.
         mode_prob: probability of "template", "mask_only" and "unconditional".
     """
 
     def __init__(
-        self, *, nominal_hu: Sequence[float], mode_prob: Sequence[float] = (0.85, 0.1, 0.05), use_prior: bool = True
+        self,
+        *,
+        nominal_hu: Sequence[float],
+        mode_prob: Sequence[float] = (0.85, 0.1, 0.05),
+        thin_labels: Sequence[int] = (),
+        use_prior: bool = True,
     ) -> None:
-        super().__init__(nominal_hu=nominal_hu, use_prior=use_prior)
+        super().__init__(nominal_hu=nominal_hu, thin_labels=thin_labels, use_prior=use_prior)
         if len(mode_prob) != len(MODES) or abs(sum(mode_prob) - 1) > 1e-6 or min(mode_prob) < 0:
             raise ValueError(f"mode_prob: one probability for each of {MODES}, summing to 1, got {list(mode_prob)}")
         self.mode_prob = list(mode_prob)

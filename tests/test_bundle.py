@@ -33,7 +33,7 @@ SHARED_BLOCKS = (
 def weights(tmp_path_factory):
     """Weights of a network that adds 10 HU of noise to the prior: enough to see where things land."""
     network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
-    network.set_residual_sigma(torch.full_like(network.residual_sigma, 0.1))
+    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
     directory = tmp_path_factory.mktemp("weights")
     torch.save(network.state_dict(), directory / "model.pt")
     return directory
@@ -112,7 +112,8 @@ def test_training_writes_everything_it_promises(workflow, cohort, tmp_path):
     assert (tmp_path / "previews/epoch_0002.png").stat().st_size > 10_000
     assert (tmp_path / "mlflow.db").exists()
     state = torch.load(tmp_path / "models/model.pt", weights_only=True)
-    assert not bool((state["residual_sigma"][0] == 1).all()), "the residual was not measured"
+    assert bool(state["moments.measured"]), "the residual was not measured"
+    assert not bool((state["moments.table"][0] == 1).all()), "the measured table was not kept"
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:

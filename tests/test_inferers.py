@@ -5,31 +5,37 @@ import itertools
 import pytest
 import torch
 
+from custom.diffusion import depth_to_space, haar_pack, haar_unpack
 from custom.inferers import StructDiffInferer, blended, case_noise, windows_of
-from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
+from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.residual import label_edges
 from custom.schedulers import ListedDDIMScheduler
 
 SIZES = [(17, 24, 9), (16, 16, 16), (33, 7, 20)]
 SCALE_HU = 100.0
 
 
+def even(size):
+    return tuple(n + n % 2 for n in size)
+
+
 class LocalNetwork:
-    """A velocity that is linear in x and context, voxel by voxel, so cutting into windows must not change it."""
+    """Flow and moments that are functions of one block, so cutting into windows must not change the result."""
 
     def __init__(self):
         self.encoded = []
         self.alphas_cumprod = ListedDDIMScheduler().alphas_cumprod
 
-    def sigma_map(self, context):
-        return torch.ones(len(context), 8, *(n // 2 for n in context.shape[2:]))
-
     def encode(self, context):
         self.encoded.append(tuple(context.shape[2:]))
-        return context
+        bands = haar_pack(context[:, :4])
+        sigma = (0.002 * bands[:, 8:16]).exp()
+        return Condition(bands, 0.003 * bands[:, 24:], sigma, label_edges(context[:, :1]))
 
-    def denoise(self, x, timesteps, condition):
-        assert x.shape[2:] == condition.shape[2:]
-        return (0.2 + timesteps.view(-1, 1, 1, 1, 1) / 2000) * x - 0.01 * condition[:, :1] + 0.001 * condition[:, 1:2]
+    def flow(self, y, timesteps, features):
+        assert y.shape[2:] == features.shape[2:]
+        time = timesteps.view(-1, 1, 1, 1, 1) / 2000
+        return (0.2 + time) * y - 0.01 * features[:, :8] + 0.001 * features[:, 8:16]
 
 
 def make_context(size, batch=1, seed=0):
@@ -51,20 +57,20 @@ def network():
     for parameter in network.parameters():
         if not parameter.any():
             parameter.data.normal_(0, 0.02)
-    network.set_residual_sigma(torch.full_like(network.residual_sigma, 0.5))
+    network.moments.set_table(torch.full_like(network.moments.table, 0.5))
     return network
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 0.9])
 @pytest.mark.parametrize("roi", [(8, 8, 8), (16, 6, 32), (2, 64, 12)])
-@pytest.mark.parametrize("size", [*SIZES, (1, 2, 3)])
-def test_windows_cover_the_volume_from_even_starts(size, roi, overlap):
+@pytest.mark.parametrize("size", [*map(even, SIZES), (2, 2, 4)])
+def test_windows_cover_the_volume_from_even_starts_to_even_stops(size, roi, overlap):
     seen = torch.zeros(size)
     for window in windows_of(size, roi, overlap):
         for part, limit, n in zip(window, roi, size, strict=True):
-            assert part.start % 2 == 0
-            assert part.stop % 2 == 0 or part.stop == n
+            assert part.start % 2 == part.stop % 2 == 0
             assert 0 < part.stop - part.start <= limit
+            assert part.stop <= n
         seen[window] += 1
     assert seen.min() >= 1
 
@@ -74,17 +80,18 @@ def test_windows_share_the_asked_overlap():
     assert starts == [0, 8, 16, 24, 32, 40, 48]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", map(even, SIZES))
 def test_a_window_as_large_as_the_volume_is_the_only_one(size):
-    assert len(windows_of(size, [64, 64, 64], 0.4)) == 1
-    assert len(windows_of(size, [n + n % 2 for n in size], 0.4)) == 1
+    whole = [tuple(slice(0, n) for n in size)]
+    assert windows_of(size, [64, 64, 64], 0.4) == windows_of(size, size, 0.4) == whole
+    assert len(windows_of(size, [n - 2 for n in size], 0.4)) == 8
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_without_a_window_the_whole_volume_is_encoded_once(size):
     local = LocalNetwork()
     make_inferer()(make_context(size), local, ["a"])
-    assert local.encoded == [size]
+    assert local.encoded == [even(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -104,26 +111,55 @@ def test_windows_of_a_local_predictor_change_nothing(size, overlap):
     torch.testing.assert_close(windowed / SCALE_HU, whole / SCALE_HU, rtol=0, atol=1e-5)
 
 
-def test_one_step_rendering_is_an_euler_step_of_the_case_noise_on_top_of_the_prior():
-    """One network call and sigma = 1: x0 = x - psi v, psi the angle of the time, times the scale, plus the prior."""
+class FlatNetwork(LocalNetwork):
+    """Moments that differ by channel but not in space; the flow is y / 4 + 1 / 2."""
+
+    mean = torch.linspace(-1, 1, 8).view(1, 8, 1, 1, 1)
+    sigma = torch.linspace(0.2, 2, 8).view(1, 8, 1, 1, 1)
+
+    def encode(self, context):
+        grid = [n // 2 for n in context.shape[2:]]
+        mean, sigma = (part.expand(len(context), -1, *grid) for part in (self.mean, self.sigma))
+        return Condition(torch.zeros(len(context), 1, *grid), mean, sigma, label_edges(context[:, :1]))
+
+    def flow(self, y, timesteps, features):
+        return y / 4 + haar_pack(torch.full((len(y), 1, *(2 * n for n in y.shape[2:])), 0.5))
+
+
+@pytest.mark.parametrize("edge", [False, True], ids=["bands", "voxels"])
+def test_one_step_rendering_is_an_euler_step_of_the_case_noise_in_the_local_basis(edge):
+    """One network call: y = noise - psi F, psi the angle of the time; sigma y + mean, times the scale, plus the prior.
+
+    Without label faces sigma belongs to bands, with faces everywhere (a chequerboard) to single voxels.
+    """
     context = make_context((6, 4, 4))
-    result = make_inferer([600], seed=7)(context, LocalNetwork(), ["patient"])
+    parity = torch.stack(torch.meshgrid(*map(torch.arange, (6, 4, 4)), indexing="ij")).sum(0) % 2
+    context[:, 0] = parity if edge else 1
+    result = make_inferer([600], seed=7)(context, FlatNetwork(), ["patient"])
     alpha = ListedDDIMScheduler([600]).alphas_cumprod[600]
     x = case_noise((1, 6, 4, 4), 7, "patient")[None]
-    v = (0.2 + 600 / 2000) * x - 0.01 * context[:, :1] + 0.001 * context[:, 1:2]
-    expected = SCALE_HU * (x - torch.atan2((1 - alpha).sqrt(), alpha.sqrt()) * v) + context[:, 3:4]
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-2)
+    if edge:
+        sigma, pack, unpack = depth_to_space(FlatNetwork.sigma.expand(1, 8, 3, 2, 2)), lambda v: v, lambda v: v
+    else:
+        sigma, pack, unpack = FlatNetwork.sigma, haar_pack, haar_unpack
+    psi = torch.atan2((1 - alpha).sqrt(), alpha.sqrt() * sigma)
+    residual = unpack(sigma * pack(x - unpack(psi * pack(x / 4 + 0.5))))
+    residual = residual + haar_unpack(FlatNetwork.mean.expand(1, 8, 3, 2, 2))
+    torch.testing.assert_close(result, SCALE_HU * residual + context[:, 3:4], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_gaussian_residual_keeps_its_spread_at_any_number_of_steps(steps):
-    """With F = 0, the exact answer for Gaussian grain, the residual has the tabulated sd; DDIM would shrink it."""
+def test_gaussian_residual_keeps_mean_and_spread_at_any_number_of_steps(steps):
+    """With F = 0, the exact answer for Gaussian grain, the result is mean + sigma noise; DDIM would shrink it."""
     network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4).eval()  # fresh: F = 0
-    network.set_residual_sigma(torch.full_like(network.residual_sigma, 0.3))
-    context = torch.zeros(1, len(CONTEXT_CHANNELS), 24, 24, 24)
+    network.moments.set_table(torch.full_like(network.moments.table, 0.3))
+    torch.nn.init.constant_(network.moments.linear.bias, 0.08)  # units of 500 HU
+    context = torch.zeros(1, len(CONTEXT_CHANNELS), 12, 12, 12)
     context[:, 4:] = 100  # HU: the residual unit is 1
-    result = make_inferer(steps)(context, network, ["patient"])
-    assert result.std() == pytest.approx(0.3 * SCALE_HU, rel=0.03)
+    context[:, 0, 3:8, 3:8, 3:8] = 4
+    result = make_inferer(steps, seed=2)(context, network, ["patient"])
+    expected = SCALE_HU * (0.4 + 0.3 * case_noise((1, 12, 12, 12), 2, "patient")[None])
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
 
 
 def test_result_is_clamped_to_the_range():
@@ -134,17 +170,27 @@ def test_result_is_clamped_to_the_range():
 
 
 def test_blending_weighs_by_distance_and_keeps_constants():
-    windows = windows_of((20, 9, 11), (8, 8, 8), 0.4)
-    result = blended(lambda part, index: torch.full_like(part, 3.0), torch.zeros(1, 1, 20, 9, 11), windows)
-    torch.testing.assert_close(result, torch.full_like(result, 3.0))
+    def block(value, window):
+        return torch.full((1, 2, *(axis.stop - axis.start for axis in window)), float(value))
+
+    windows = windows_of((20, 10, 12), (8, 8, 8), 0.4)
+    assert len(windows) > 8
+    result = blended(lambda index: block(3, windows[index]), windows, (20, 10, 12))
+    torch.testing.assert_close(result, torch.full((1, 2, 20, 10, 12), 3.0))
     pair = [(slice(0, 8), slice(0, 8), slice(0, 8)), (slice(4, 12), slice(0, 8), slice(0, 8))]
-    ramp = blended(lambda part, index: torch.full_like(part, float(index)), torch.zeros(1, 1, 12, 8, 8), pair)[
-        0, 0, :, 4, 4
-    ]
+    ramp = blended(lambda index: block(index, pair[index]), pair, (12, 8, 8))[0, 0, :, 4, 4]
     assert ramp[:4].tolist() == [0.0] * 4
     assert ramp[8:].tolist() == [1.0] * 4
     assert (ramp[3:9].diff() > 0).all()
     torch.testing.assert_close(ramp, 1 - ramp.flip(0))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_window_is_predicted_once(count):
+    pair = [(slice(0, 4),) * 3, (slice(4, 8), slice(0, 4), slice(0, 4))][:count]
+    asked = []
+    blended(lambda index: asked.append(index) or torch.zeros(1, 8, 4, 4, 4), pair, (4 * count, 4, 4))
+    assert asked == list(range(count))
 
 
 def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
@@ -185,7 +231,7 @@ def test_bounded_cache_changes_the_work_but_not_the_result(network, cached):
     make_inferer(4, roi_size=[8, 8, 8], cached_windows=cached)(context, local, ["a"])
     windows = len(windows_of((20, 8, 16), (8, 8, 8), 0.4))
     assert windows > 3
-    assert len(local.encoded) == cached + 4 * (windows - cached)
+    assert len(local.encoded) == cached + (1 + 4) * (windows - cached)  # once for the moments, then at every step
     assert set(local.encoded) == {(8, 8, 8)}
 
 

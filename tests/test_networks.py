@@ -4,19 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from custom.diffusion import amplitudes, pad_to_multiple, precondition
-from custom.networks import (
-    CONTEXT_CHANNELS,
-    MODES,
-    REGIONS,
-    CorrespondenceAttention,
-    StructDiffUNet,
-    context_modes,
-    one_hot_blocks,
-    output_scale,
-    residual_regions,
-    residual_unit,
-)
+from custom.correspondence import CorrespondenceAttention
+from custom.diffusion import amplitudes, depth_to_space, haar_pack, pad_to_multiple, precondition, space_to_depth
+from custom.networks import CONTEXT_CHANNELS, StructDiffUNet, one_hot_blocks
+from custom.residual import MODES, REGIONS
 
 NUM_LABELS = 4
 SIZES = [(16, 16, 16), (15, 9, 18), (7, 24, 11)]
@@ -61,10 +52,14 @@ def noise(*shape, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def varied_table():
+    return 0.1 + noise(len(MODES), len(REGIONS), 8).abs()
+
+
 @pytest.fixture(scope="module")
 def network():
     network = shaken(make_network())
-    network.set_residual_sigma(0.1 + noise(len(MODES), len(REGIONS), 8).abs())
+    network.moments.set_table(varied_table())
     return network
 
 
@@ -82,7 +77,7 @@ def test_velocity_has_the_shape_of_the_volume(size, correspondence_channels):
 def test_fresh_network_predicts_the_gaussian_posterior_mean(sigma):
     """Its last convolution is zero, so v = c_skip x; with one sigma everywhere the packing drops out."""
     network = make_network()
-    network.set_residual_sigma(torch.full_like(network.residual_sigma, sigma))
+    network.moments.set_table(torch.full_like(network.moments.table, sigma))
     x, timesteps = noise(2, 1, 12, 9, 14), torch.tensor([50, 800])
     with torch.no_grad():
         velocity = network(x, timesteps, blank_context((12, 9, 14), 2))
@@ -94,15 +89,76 @@ def test_fresh_network_predicts_the_gaussian_posterior_mean(sigma):
 def test_sigma_table_acts_band_by_band():
     """A table that is 1 but for the low-pass band: block means follow sigma, details are plain v-prediction (zero)."""
     network = make_network()
-    table = torch.ones_like(network.residual_sigma)
+    table = torch.ones_like(network.moments.table)
     table[..., 0] = 0.1
-    network.set_residual_sigma(table)
+    network.moments.set_table(table)
     x, t = noise(1, 1, 8, 8, 8), torch.tensor([400])
     with torch.no_grad():
         velocity = network(x, t, blank_context((8, 8, 8)))
     a, s = amplitudes(network.alphas_cumprod, t, 5)
     means = F.interpolate(F.avg_pool3d(x, 2), scale_factor=2, mode="nearest")
     torch.testing.assert_close(velocity, precondition(a, s, torch.tensor(0.1))[1] * means, rtol=1e-5, atol=1e-6)
+
+
+def test_sigma_table_acts_voxel_by_voxel_at_label_edges():
+    """A table that is 1 but outside the labels next to them: only those voxels follow sigma."""
+    network = make_network()
+    table = torch.ones_like(network.moments.table)
+    table[:, REGIONS.index("label_edge_outside")] = 0.1
+    network.moments.set_table(table)
+    x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([400]), blank_context((8, 8, 8))
+    context[:, 0, 3:] = 1  # the face lies inside block 1, voxels 2 and 3
+    with torch.no_grad():
+        velocity = network(x, t, context)
+    a, s = amplitudes(network.alphas_cumprod, t, 5)
+    expected = torch.zeros_like(x)
+    expected[:, :, 2] = precondition(a, s, torch.tensor(0.1))[1][0, 0, 0] * x[:, :, 2]
+    torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [30, 400, 950])
+def test_without_flow_the_velocity_is_the_posterior_mean_of_a_gaussian_of_the_moments(t):
+    """F = 0 and known moments: E[v | x] from the 16 x 16 joint covariance of (x0, eps), block by block in float64."""
+    network = make_network()
+    network.moments.set_table(0.2 + varied_table())
+    network.moments.linear.bias.data = 0.2 * noise(8, seed=5)
+    network.moments.hidden[-1].bias.data[8:] = 0.5 * noise(8, seed=6)
+    x, context = noise(1, 1, 8, 8, 8), blank_context((8, 8, 8))
+    context[:, 0, :, :, 3:5] = 1  # blocks 1 and 2 along the last axis are edge
+    with torch.no_grad():
+        velocity = network(x, torch.tensor([t]), context)
+        sigma = network.encode(context).sigma.double()[0].flatten(1).T  # (blocks, 8)
+    identity = torch.eye(8, dtype=torch.float64)
+    haar = haar_pack(depth_to_space(identity.view(8, 8, 1, 1, 1))).view(8, 8).T  # voxels of a block -> bands
+    edge = torch.tensor([False, True, True, False]).repeat(16).view(-1, 1, 1)
+    basis = torch.where(edge, identity, haar)
+    joint = torch.zeros(64, 16, 16, dtype=torch.float64)
+    joint[:, :8, :8] = basis.mT @ torch.diag_embed(sigma**2) @ basis
+    joint[:, 8:, 8:] = identity
+    a, s = (part.double().item() for part in amplitudes(network.alphas_cumprod, torch.tensor([t]), 1))
+    of_x, of_v = torch.cat([a * identity, s * identity], 1), torch.cat([-s * identity, a * identity], 1)
+    mean = 5.0 * network.moments.linear.bias.detach().double()  # of each voxel of a block, in units of 100 HU
+    deviation = space_to_depth(x)[0].flatten(1).T.double() - a * mean
+    gain = of_v @ joint @ of_x.T @ torch.linalg.inv(of_x @ joint @ of_x.T)
+    expected = (gain @ deviation[:, :, None])[:, :, 0] - s * mean
+    torch.testing.assert_close(space_to_depth(velocity)[0].flatten(1).T.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_shifts_the_noisy_sample_and_the_velocity_of_a_shaken_network():
+    """v(x + a m | mean m) = v(x | mean 0) - s m, with m in single voxels."""
+    network = shaken(make_network())
+    network.moments.set_table(varied_table())
+    for last in (network.moments.linear, network.moments.hidden[-1]):
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([300]), make_context((8, 8, 8))
+    m = depth_to_space(5.0 * noise(8, seed=5).view(1, 8, 1, 1, 1).expand(1, 8, 4, 4, 4))
+    a, s = amplitudes(network.alphas_cumprod, t, 5)
+    with torch.no_grad():
+        plain = network(x, t, context)
+        network.moments.linear.bias.data = noise(8, seed=5)
+        shifted = network(x + a * m, t, context)
+    torch.testing.assert_close(shifted, plain - s * m, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_is_denoise_of_encode(network):
@@ -114,7 +170,7 @@ def test_forward_is_denoise_of_encode(network):
 @pytest.mark.parametrize("correspondence_channels", [0, 8])
 def test_a_sample_does_not_depend_on_its_batch(correspondence_channels):
     network = shaken(make_network(correspondence_channels))
-    network.set_residual_sigma(0.1 + noise(len(MODES), len(REGIONS), 8).abs())
+    network.moments.set_table(varied_table())
     x, timesteps, context = noise(3, 1, 16, 9, 12), torch.tensor([10, 500, 990]), make_context((16, 9, 12), 3)
     context[1, 2], context[1, 1] = -1, 0
     context[2, :3], context[2, 1] = -1, 0
@@ -125,12 +181,14 @@ def test_a_sample_does_not_depend_on_its_batch(correspondence_channels):
 
 
 @pytest.mark.parametrize("correspondence_channels", [0, 8])
-def test_gradients_reach_every_parameter(correspondence_channels):
+def test_velocity_error_trains_all_but_the_moments(correspondence_channels):
+    """They are trained by their own likelihood, see test_losses.py."""
     network = shaken(make_network(correspondence_channels)).train()
+    network.moments.set_table(varied_table())
     velocity = network(noise(2, 1, 16, 16, 16), torch.tensor([100, 600]), make_context((16, 16, 16), 2))
     (velocity - noise(*velocity.shape, seed=9)).square().mean().backward()
-    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent == []
+    silent = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent == {f"moments.{name}" for name, _ in network.moments.named_parameters()}
 
 
 @pytest.mark.parametrize("channel", range(len(CONTEXT_CHANNELS)), ids=CONTEXT_CHANNELS)
@@ -143,121 +201,11 @@ def test_every_context_channel_changes_the_velocity(network, channel):
         assert (network(x, t, context) - network(x, t, other)).abs().max() > 1e-3
 
 
-def test_dropped_label_maps_select_the_mode():
-    context = blank_context((4, 4, 4), 4)  # background only, but present
-    context[1, 2] = -1
-    context[2, 0] = context[2, 2] = -1
-    context[3, 0, 0, 0, 0] = 3
-    context[3, 2] = -1
-    assert [MODES[i] for i in context_modes(context)] == ["template", "mask_only", "unconditional", "mask_only"]
-
-
-def test_modes_and_regions_read_their_own_row_of_sigma():
-    network = make_network()
-    table = torch.arange(1.0, 1 + network.residual_sigma.numel()).view_as(network.residual_sigma)
-    network.set_residual_sigma(table)
-    context = blank_context((8, 8, 8), 2)
-    context[1, 2] = -1  # mask only
-    context[:, 3, :4] = -900.0  # lung in the first half
-    sigma = network.sigma_map(context)
-    assert sigma.shape == (2, 8, 4, 4, 4)
-    for sample, mode in ((0, "template"), (1, "mask_only")):
-        for row, region in ((0, "lung"), (3, "soft_background")):
-            expected = table[MODES.index(mode), REGIONS.index(region)]
-            assert torch.equal(sigma[sample, :, row, 1, 2], expected)
-
-
-def test_regions_of_a_cube():
-    """Cube of label 1 at voxels 4 to 11: its face neighbours, voxels 3 and 12, are edge too; lung from voxel 16 on."""
-    label, prior = torch.zeros(1, 1, 16, 16, 24), torch.zeros(1, 1, 16, 16, 24)
-    label[..., 4:12, 4:12, 4:12] = 1
-    prior[..., 16:] = -900.0
-    region = residual_regions(label, prior)
-    assert region.shape == (1, 8, 8, 12)
-    expected = torch.zeros(8, 8, 12, dtype=torch.long)
-    expected[..., 9:] = REGIONS.index("lung")
-    expected[..., 7:9] = REGIONS.index("background_edge")
-    for axis in range(3):
-        grown = [slice(2, 6)] * 3
-        grown[axis] = slice(1, 7)
-        expected[tuple(grown)] = REGIONS.index("label_edge")
-    expected[3:5, 3:5, 3:5] = REGIONS.index("interior")
-    assert torch.equal(region[0], expected)
-
-
-@pytest.mark.parametrize(("step_hu", "region"), [(99.0, "soft_background"), (101.0, "background_edge")])
-def test_background_edges_begin_at_a_hundred_hu(step_hu, region):
-    prior = torch.zeros(1, 1, 8, 2, 2)
-    prior[:, :, 4:] = step_hu
-    regions = residual_regions(torch.zeros_like(prior), prior)[0, :, 0, 0]
-    assert [REGIONS[i] for i in regions] == ["soft_background", region, region, "soft_background"]
-
-
-def test_unit_is_the_label_spread_for_means_and_the_grain_for_details():
-    context = blank_context((8, 2, 2))
-    context[:, 4], context[:, 5] = 40.0, 25.0
-    context[:, 5, 2:] = 1.0  # grain below 5 HU counts as 5
-    region = torch.tensor([0, 2, REGIONS.index("label_edge"), REGIONS.index("background_edge")]).view(1, 4, 1, 1)
-    unit = residual_unit(context, region)[0, :, :, 0, 0]
-    assert unit.shape == (8, 4)
-    torch.testing.assert_close(unit[0], torch.tensor([0.4, 0.4, 1.0, 1.0]))
-    torch.testing.assert_close(unit[1:], torch.tensor([0.25, 0.05, 1.0, 1.0]).expand(7, -1))
-
-
-def test_unmeasured_network_has_unit_sigma_whatever_the_context():
-    network, context = make_network(), blank_context((8, 8, 8))
-    context[:, 4:] = 30.0
-    assert torch.equal(network.sigma_map(context), torch.ones(1, 8, 4, 4, 4))
-    network.set_residual_sigma(torch.ones_like(network.residual_sigma))
-    torch.testing.assert_close(network.sigma_map(context), torch.full((1, 8, 4, 4, 4), 0.3))
-
-
-def test_boundary_between_two_labels_is_edge():
-    label = torch.ones(1, 1, 8, 4, 4)
-    label[:, :, 4:] = 2
-    region = residual_regions(label, torch.zeros_like(label))
-    assert [REGIONS[i] for i in region[0, :, 0, 0]] == ["interior", "label_edge", "label_edge", "interior"]
-
-
-def test_a_dropped_mask_has_no_edges():
-    label = torch.full((1, 1, 4, 4, 4), -1.0)
-    assert [REGIONS[i] for i in residual_regions(label, torch.zeros_like(label)).unique()] == ["soft_background"]
-
-
 def test_one_hot_blocks_leave_out_unknown_ids():
     label = torch.tensor([-1.0, 0, 1, 2, 3, 4, 2.0001, 0.9999]).reshape(1, 1, 2, 2, 2)
     blocks = one_hot_blocks(label, NUM_LABELS).reshape(NUM_LABELS, 8)
     expected = torch.tensor([[-1, 0, 1, 2, 3, 4, 2, 1]]) == torch.arange(NUM_LABELS)[:, None]
     assert torch.equal(blocks, expected.float())
-
-
-def test_output_scale_is_the_posterior_deviation_of_each_band():
-    network = make_network()
-    table = 0.1 + noise(len(MODES), len(REGIONS), 8).abs()
-    network.set_residual_sigma(table)
-    context, t = blank_context((7, 8, 8)), torch.tensor([600])
-    scale = output_scale(network, context, t)
-    assert scale.shape == (1, 8, 4, 4, 4)
-    alpha = network.alphas_cumprod[600]
-    sigma = table[MODES.index("template"), REGIONS.index("soft_background")]
-    torch.testing.assert_close(scale[0, :, 1, 2, 3], sigma / (alpha * sigma**2 + 1 - alpha).sqrt())
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_bad_sigma_is_refused_and_leaves_the_old_one(value):
-    network = make_network()
-    sigma = torch.ones_like(network.residual_sigma)
-    sigma[0, 1, 2] = value
-    with pytest.raises(ValueError, match="sigma: must be finite, positive and shaped"):
-        network.set_residual_sigma(sigma)
-    assert torch.equal(network.residual_sigma, torch.ones(len(MODES), len(REGIONS), 8))
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (8,), (1, 3, 5, 8)])
-def test_sigma_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"sigma: must be finite, positive and shaped \(3, 5, 8\), got") as error:
-        make_network().set_residual_sigma(torch.ones(shape))
-    assert str(shape) in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8, 8), (6, 8, 8, 8), (1, 7, 8, 8, 8)])
@@ -278,11 +226,11 @@ def test_one_label_is_refused():
         StructDiffUNet(num_labels=1)
 
 
-def test_state_dict_keeps_sigma_and_velocity(network):
+def test_state_dict_keeps_table_and_velocity(network):
     copy = make_network(seed=7)
     copy.load_state_dict(network.state_dict())
-    assert torch.equal(copy.residual_sigma, network.residual_sigma)
-    assert copy.measured
+    assert torch.equal(copy.moments.table, network.moments.table)
+    assert copy.moments.measured
     x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([300]), make_context((8, 8, 8))
     with torch.no_grad():
         assert torch.equal(copy(x, t, context), network(x, t, context))
@@ -380,5 +328,6 @@ def test_consistency_teaches_the_mask_encoder():
 def test_padding_of_the_context_is_what_encode_does(network):
     context = make_context((10, 8, 13))
     whole, padded = network.encode(context), network.encode(pad_to_multiple(context, network.size_multiple))
-    assert torch.equal(whole.features, padded.features)
-    assert torch.equal(whole.sigma, padded.sigma)
+    for name, part in whole._asdict().items():
+        assert torch.equal(part, getattr(padded, name)), name
+        assert part.shape[2:] == (8, 4, 8), name

@@ -148,7 +148,7 @@ def test_stock_inferer_samples_with_our_network():
     """MONAI's inferer passes times as float32 of shape (1,), whatever the batch."""
     torch.manual_seed(0)
     network = StructDiffUNet(num_labels=3, channels=(8, 16), condition_channels=4).eval()
-    network.set_residual_sigma(torch.full_like(network.residual_sigma, SIGMA))
+    network.moments.set_table(torch.full_like(network.moments.table, SIGMA))
     scheduler = ListedDDIMScheduler([999, 500, 100])
     x, context = noise(2 * 8**3).float().reshape(2, 1, 8, 8, 8), torch.zeros(2, len(CONTEXT_CHANNELS), 8, 8, 8)
     result = DiffusionInferer(scheduler).sample(x, network, conditioning=context, verbose=False)

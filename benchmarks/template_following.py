@@ -1,0 +1,105 @@
+"""Does a rendering follow its template in intensity and its mask in anatomy? Held-out phantoms, trained weights.
+
+    bash ci/real_input.sh ../shared/data runs/real_input
+    python benchmarks/template_following.py --ckpt_dir runs/real_input/models
+
+Intensity: one mask with many templates; correlation, over the templates, of label means in rendering and template.
+Anatomy: one template and one noise with several masks; how well contrast-filled blood, found by a threshold, overlaps
+the mask that was asked for, and the mask of the template.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from common import RESULTS, TRAIN_CONFIG, machine, write_json
+from monai.bundle import ConfigParser
+
+from custom.phantom import make_subject
+from custom.pictures import save_sheet
+from custom.template import label_statistics
+from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+
+LABELS = [1, 2, 3, 4, 5, 6, 7]
+BLOOD, MUSCLE, VESSEL = [2, 3, 4, 5, 6, 7, 8, 10], 1, 9
+TEST_SEED = 30_000  # far from the seeds of any training cohort
+SHAPE, SPACING_MM = (96, 96, 96), 1.5
+
+
+def subject(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image in HU and label map of a held-out phantom."""
+    made = make_subject(TEST_SEED, index, shape=SHAPE, spacing_mm=SPACING_MM)
+    return made.image.astype(np.float32), made.label.astype(np.int64)
+
+
+def means(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Mean HU of LABELS."""
+    return label_statistics(torch.from_numpy(image), torch.from_numpy(label), 11)[LABELS, 0].numpy()
+
+
+def blood_dice(image: np.ndarray, label: np.ndarray, statistics: np.ndarray) -> float:
+    """Dice of blood found in the image, half-way between template blood and muscle, and in a mask, on its heart."""
+    blood = np.isin(label, BLOOD)
+    threshold = (np.mean([statistics[i - 1] for i in (2, 3, 6)]) + statistics[MUSCLE - 1]) / 2
+    heart = blood | (label == MUSCLE)
+    found = (image > threshold) & heart
+    return float(2 * (found & blood).sum() / (found.sum() + blood.sum()))
+
+
+def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
+    """Render, measure, draw; write benchmarks/results/template_following.json and .png."""
+    parser = ConfigParser()
+    parser.read_config(str(TRAIN_CONFIG.parent / "inference.json"))
+    parser.parse()
+    network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
+    network.load_state_dict(torch.load(Path(ckpt_dir) / "model.pt", map_location="cpu", weights_only=True))
+    network.eval()
+    prepare = [
+        LabelStatisticsd("template_image", "template_label", num_labels=11),
+        AlignTemplated(labels=LABELS, spacing_mm=[SPACING_MM] * 3),
+        PaintPriord(nominal_hu=parser.get_parsed_content("nominal_hu"), thin_labels=[VESSEL]),
+    ]
+
+    def render(label: np.ndarray, image: np.ndarray, own: np.ndarray) -> np.ndarray:
+        volumes = {"label": label, "template_image": image, "template_label": own}
+        item: dict[str, Any] = {k: torch.from_numpy(v.astype(np.float32))[None] for k, v in volumes.items()}
+        for transform in prepare:
+            item = transform(item)  # type: ignore[assignment]
+        return inferer(item["context"][None], network, ["template_following"])[0, 0].numpy()
+
+    subjects = [subject(index) for index in range(templates)]
+    _, target = subject(1000)
+    rendered = [render(target, *pair) for pair in subjects]
+    asked = np.stack([means(*pair) for pair in subjects])
+    given = np.stack([means(image, target) for image in rendered])
+    correlation = {str(n): float(np.corrcoef(asked[:, i], given[:, i])[0, 1]) for i, n in enumerate(LABELS)}
+    anatomy = []
+    for index in range(masks):
+        label = target if index == 0 else subject(1000 + index)[1]
+        image = rendered[0] if index == 0 else render(label, *subjects[0])
+        own, other = (blood_dice(image, mask, asked[0]) for mask in (label, subjects[0][1]))
+        anatomy.append({"dice_with_its_mask": own, "dice_with_the_mask_of_the_template": other})
+    result = {
+        "machine": machine(),
+        "templates": templates,
+        "correlation_by_label": correlation,
+        "correlation_all_labels": float(np.corrcoef(asked.ravel(), given.ravel())[0, 1]),
+        "mean_absolute_error_hu": float(np.abs(asked - given).mean()),
+        "template_means_hu": asked.round(1).tolist(),
+        "rendered_means_hu": given.round(1).tolist(),
+        "anatomy": anatomy,
+    }
+    write_json(RESULTS / "template_following.json", result)
+    rows = [(f"template {i}", subjects[i][0], subjects[i][1]) for i in range(3)]
+    rows += [(f"one mask, template {i}", rendered[i], target) for i in range(3)]
+    save_sheet(RESULTS / "template_following.png", rows, vessel_labels=[VESSEL])
+    for key in ("correlation_by_label", "correlation_all_labels", "mean_absolute_error_hu", "anatomy"):
+        print(key, result[key])
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

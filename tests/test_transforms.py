@@ -1,0 +1,303 @@
+"""What the transforms write, voxel by voxel."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from custom.networks import CONTEXT_CHANNELS
+from custom.residual import MODES, context_modes
+from custom.template import label_statistics, noise_sd
+from custom.transforms import (
+    AlignTemplated,
+    LabelStatisticsd,
+    PaintPriord,
+    RandPaintPriord,
+    SplitNoised,
+    plain,
+    sample_cubic,
+)
+
+SIZE = (14, 12, 13)
+NOMINAL_HU = [-60.0, 100.0, 400.0, 330.0]
+AFFINE = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def volume(values):
+    return MetaTensor(values, affine=AFFINE, meta={"filename_or_obj": "/data/case.nii.gz"})
+
+
+def box(label, index, start, stop):
+    label[(slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))] = index
+
+
+def target():
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (3, 3, 3), (11, 9, 10))
+    box(label, 2, (5, 5, 5), (9, 7, 8))
+    box(label, 3, (2, 4, 4), (3, 6, 6))  # a thin label on the outside
+    return volume(label)
+
+
+def template():
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (4, 3, 3), (12, 10, 9))
+    box(label, 2, (6, 5, 5), (10, 8, 7))
+    box(label, 3, (2, 8, 3), (4, 10, 7))
+    return volume(label)
+
+
+STATISTICS = torch.tensor([[-80.0, 30.0], [120.0, 11.0], [420.0, 22.0], [300.0, 33.0]])
+
+
+def make_item():
+    label = template()
+    image = STATISTICS[:, 0][label.as_tensor().long()] + 5 * noise(1, *SIZE)
+    return {
+        "label": target(),
+        "template_image": volume(image),
+        "template_label": label,
+        "statistics": STATISTICS,
+        "grain_sd": 17.0,
+        "case": "a",
+    }
+
+
+def paint(mode, item=None, **options):
+    return PaintPriord(nominal_hu=NOMINAL_HU, mode=mode, **options)(make_item() if item is None else item)
+
+
+def channels(result):
+    assert result["context"].shape == (len(CONTEXT_CHANNELS), *SIZE)
+    return dict(zip(CONTEXT_CHANNELS, result["context"].as_tensor(), strict=True))
+
+
+# Painting
+
+
+def test_with_a_template_labels_wear_its_statistics_and_the_background_is_its_own():
+    item = make_item()
+    result = paint("template")
+    context, label = channels(result), item["label"][0].as_tensor()
+    assert torch.equal(context["target_label"], label)
+    assert torch.equal(context["template_image_hu"], item["template_image"][0].as_tensor())
+    assert torch.equal(context["template_label"], item["template_label"][0].as_tensor())
+    for index in (1, 2, 3):
+        assert context["prior_hu"][label == index].unique().tolist() == [STATISTICS[index, 0]]
+        assert context["prior_sd_hu"][label == index].unique().tolist() == [STATISTICS[index, 1]]
+    background = context["prior_hu"][label == 0]
+    assert (background + 80).abs().max() < 15  # its heart, of 120 to 420 HU, is filled from around
+    assert background.std() > 0.1
+    assert context["prior_sd_hu"][label == 0].unique().tolist() == [17.0]
+    assert context["grain_sd_hu"].unique().tolist() == [17.0]
+
+
+def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
+    label = target()[0].as_tensor()
+    context = channels(paint("mask_only"))
+    assert torch.equal(context["target_label"], label)
+    assert torch.equal(context["prior_hu"], torch.tensor(NOMINAL_HU)[label.long()])
+    assert context["template_label"].unique().tolist() == [-1]
+    for name in ("template_image_hu", "prior_sd_hu", "grain_sd_hu"):
+        assert not context[name].any(), name
+
+
+def test_unconditional_context_tells_nothing():
+    context = channels(paint("unconditional"))
+    expected = dict(zip(CONTEXT_CHANNELS, (-1, 0, -1, NOMINAL_HU[0], 0, 0), strict=True))
+    assert {name: part.unique().tolist() for name, part in context.items()} == {k: [v] for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_network_reads_the_mode_from_the_context(mode):
+    assert MODES[context_modes(paint(mode)["context"][None].as_tensor())] == mode
+
+
+@pytest.mark.parametrize("mode", ["mask_only", "unconditional"])
+def test_without_a_template_no_template_is_asked_for(mode):
+    alone = paint(mode, {"label": target()})
+    assert torch.equal(alone["context"], paint(mode)["context"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prior_is_a_channel_of_the_context_and_both_lie_on_the_grid_of_the_mask(mode):
+    result = paint(mode)
+    assert result["prior"].shape == (1, *SIZE)
+    assert torch.equal(result["prior"][0].as_tensor(), channels(result)["prior_hu"])
+    for key in ("prior", "context"):
+        assert torch.equal(result[key].affine, AFFINE), key
+    assert result["case"] == "a"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_prior_the_paint_is_flat_and_the_rest_of_the_context_stays(mode):
+    context, usual = channels(paint(mode, use_prior=False)), channels(paint(mode))
+    assert context["prior_hu"].unique().tolist() == [NOMINAL_HU[0]]
+    assert context["prior_sd_hu"].unique().tolist() == [0]
+    for name in ("template_image_hu", "template_label", "grain_sd_hu"):
+        assert torch.equal(context[name], usual[name]), name
+
+
+def test_thin_labels_are_painted_but_taken_out_of_the_template_image():
+    item = make_item()
+    image, label = item["template_image"][0].as_tensor(), item["template_label"][0].as_tensor()
+    context = channels(paint("template", thin_labels=[3]))
+    shown, thin = context["template_image_hu"], label == 3
+    assert image[thin].mean() > 290
+    assert shown[thin].mean() < 100  # what lies around: background and muscle
+    grown = torch.zeros(SIZE, dtype=torch.bool)
+    grown[0:6, 6:12, 1:9] = True
+    assert torch.equal(shown[~grown], image[~grown])
+    assert context["prior_hu"][item["label"][0].as_tensor() == 3].unique().tolist() == [STATISTICS[3, 0]]
+    assert torch.equal(context["template_label"], label)
+
+
+def test_a_label_the_template_lacks_is_painted_near_its_nominal_value():
+    """The others lie 20 HU above theirs; the sd is the median of the others."""
+    item = make_item()
+    item["statistics"] = STATISTICS.clone()
+    item["statistics"][3] = torch.nan
+    context = channels(paint("template", item))
+    thin = item["label"][0].as_tensor() == 3
+    assert context["prior_hu"][thin].unique().tolist() == [NOMINAL_HU[3] + 20]
+    assert context["prior_sd_hu"][thin].unique().tolist() == [11.0]
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"mode: must be one of \('template', 'mask_only', .*\), got 'image'"):
+        PaintPriord(nominal_hu=NOMINAL_HU, mode="image")
+
+
+# Random modes
+
+
+def drawn(count, seed=0, **options):
+    transform = RandPaintPriord(nominal_hu=NOMINAL_HU, **options)
+    transform.set_random_state(seed=seed)
+    modes = []
+    for _ in range(count):
+        transform.randomize()
+        modes.append(transform.mode)
+    return modes
+
+
+def test_modes_come_as_often_as_asked_and_by_the_seed():
+    modes = drawn(3000, mode_prob=(0.6, 0.1, 0.3))
+    for mode, share in zip(MODES, (0.6, 0.1, 0.3), strict=True):
+        assert modes.count(mode) / 3000 == pytest.approx(share, abs=0.03)  # three standard errors
+    assert drawn(50) == drawn(50) != drawn(50, seed=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("use_prior", [True, False])
+def test_a_random_transform_paints_as_the_plain_one_in_the_mode_it_drew(mode, use_prior):
+    options = {"thin_labels": [3], "use_prior": use_prior}
+    sure = RandPaintPriord(nominal_hu=NOMINAL_HU, mode_prob=[float(m == mode) for m in MODES], **options)
+    assert torch.equal(sure(make_item())["context"], paint(mode, **options)["context"])
+
+
+@pytest.mark.parametrize("mode_prob", [(0.5, 0.5), (0.5, 0.4, 0.2), (1.2, -0.1, -0.1), (0.2, 0.2, 0.2)])
+def test_bad_probabilities_of_modes_are_refused(mode_prob):
+    with pytest.raises(ValueError, match="mode_prob: one probability for each of .*summing to 1, got") as error:
+        RandPaintPriord(nominal_hu=NOMINAL_HU, mode_prob=mode_prob)
+    assert str(list(mode_prob)) in str(error.value)
+
+
+# Splitting and measuring
+
+
+def scan(grain_hu, size=(20, 18, 16)):
+    label = torch.zeros(1, *size)
+    box(label, 1, (3, 3, 3), (17, 15, 13))
+    return {"image": volume(300 * label - 50 + grain_hu * noise(1, *size)), "label": volume(label)}
+
+
+def test_structure_and_grain_sum_to_the_image_and_the_surrogate_is_as_strong_as_the_grain():
+    item = scan(30.0)
+    result = SplitNoised()(item)
+    inside = item["label"].as_tensor() > 0
+    grain = (item["image"] - result["structure"]).as_tensor()
+    assert grain[inside].std() == pytest.approx(30, rel=0.25)
+    assert result["structure"].as_tensor()[inside].std() < 15
+    torch.testing.assert_close(
+        result["surrogate"].as_tensor().std(correction=0), grain[inside].std(correction=0), rtol=1e-3, atol=0
+    )
+    assert abs(np.corrcoef(result["surrogate"].numpy().ravel(), grain.numpy().ravel())[0, 1]) < 0.1
+    for key in ("structure", "surrogate"):
+        assert result[key].shape == item["image"].shape
+        assert torch.equal(result[key].affine, AFFINE)
+
+
+def test_an_image_without_grain_is_all_structure():
+    item = scan(0.0)
+    result = SplitNoised()(item)
+    assert torch.equal(result["structure"], item["image"])
+    assert not result["surrogate"].any()
+
+
+def test_statistics_are_measured_on_the_named_pair():
+    item = {f"template_{key}": value for key, value in scan(30.0).items()}
+    result = LabelStatisticsd("template_image", "template_label", num_labels=3)(item)
+    image, label = (item[key].as_tensor() for key in ("template_image", "template_label"))
+    torch.testing.assert_close(result["statistics"], label_statistics(image, label, 3), equal_nan=True)
+    assert result["statistics"][:, 0].tolist() == pytest.approx([-50, 250, np.nan], abs=3, nan_ok=True)
+    assert result["grain_sd"] == noise_sd(image[0].numpy(), label[0].numpy()) == pytest.approx(30, rel=0.1)
+
+
+# Alignment
+
+
+def test_a_template_on_its_own_mask_stays_where_it_is():
+    item = make_item() | {"label": template()}
+    result = AlignTemplated(labels=[1, 2], spacing_mm=[2.0] * 3)(item)
+    assert (result["template_label"] != item["template_label"]).float().mean() < 0.01
+    difference = (result["template_image"] - item["template_image"]).as_tensor()[item["template_label"] == 1]
+    assert difference.abs().median() < 5
+
+
+def test_a_shifted_template_is_carried_onto_the_target_grid():
+    size = (18, 12, 13)
+    label, moved = torch.zeros(1, *SIZE), torch.zeros(1, *size)
+    box(label, 1, (3, 3, 3), (10, 9, 10))
+    box(moved, 1, (8, 3, 3), (15, 9, 10))
+    item = {"label": volume(label), "template_label": volume(moved), "template_image": volume(400 * moved)}
+    result = AlignTemplated(labels=[1], spacing_mm=[2.0] * 3)(item)
+    for key in ("template_label", "template_image"):
+        assert result[key].shape == (1, *SIZE)
+        assert torch.equal(result[key].affine, AFFINE)
+    overlap = ((result["template_label"] == 1) & (label == 1)).sum() / (label == 1).sum()
+    assert overlap > 0.9
+    assert result["template_image"][label == 1].mean() > 350
+
+
+def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
+    with pytest.raises(
+        ValueError, match=r"case.nii.gz and template /data/case.nii.gz share none of the labels \[7, 9\]"
+    ):
+        AlignTemplated(labels=[7, 9], spacing_mm=[2.0] * 3)(make_item())
+
+
+# Reading
+
+
+def test_plain_strips_metadata_and_adds_the_batch():
+    result = plain(volume(torch.ones(1, 2, 3, 4, dtype=torch.int16)))
+    assert type(result) is torch.Tensor
+    assert result.shape == (1, 1, 2, 3, 4)
+    assert result.dtype == torch.float32
+
+
+def test_cubic_reading_returns_voxels_at_voxels_cubics_between_and_edges_outside():
+    axis = torch.arange(20.0)
+    cubic = (axis**3 / 50 - axis**2 / 3).view(1, 1, 20, 1, 1).expand(1, 1, 20, 5, 5)
+    where = torch.zeros(1, 3, 4, 1, 1)
+    where[:, 1:] = 2
+    where[0, 0, :, 0, 0] = torch.tensor([7.0, 9.5, -30.0, 40.0])
+    read = sample_cubic(cubic, where)
+    assert read.shape == (1, 1, 4, 1, 1)
+    expected = [7**3 / 50 - 7**2 / 3, 9.5**3 / 50 - 9.5**2 / 3, 0, 19**3 / 50 - 19**2 / 3]
+    assert read.flatten().tolist() == pytest.approx(expected, abs=0.01)
