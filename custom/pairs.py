@@ -31,7 +31,7 @@ def _sample_labels(label: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def near_labels(label: torch.Tensor, reach_mm: float, spacing_mm: Sequence[float]) -> torch.Tensor:
-    """1 in and at labelled regions, falling to 0 over about twice `reach_mm` outside.
+    """1 in and at large labelled regions, less at thin or cut-off ones, 0 beyond about twice `reach_mm`.
 
     Args:
         label: (1, 1, H, W, D) ids.

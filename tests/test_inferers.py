@@ -196,7 +196,7 @@ def test_every_window_is_predicted_once(count):
 def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
     """Zero padding, group norms and attention see the cut.
 
-    Measured with these random weights: 15 %, 12 % and 6 % of the residual's spread for windows of 24, 32 and 48 voxels.
+    Measured with these random weights: 8 %, 7 % and 3 % of the residual's spread for windows of 24, 32 and 48 voxels.
     """
     context = make_context((64, 24, 24))
     prior, inner = context[:, 3:4], (..., *[slice(6, -6)] * 3)
@@ -206,8 +206,8 @@ def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
         windowed = make_inferer(roi_size=[size, 24, 24], overlap=overlap)(context, network, ["a"]) - prior
         differences.append(float((windowed[inner] - whole).std() / whole.std()))
     assert differences == sorted(differences, reverse=True), differences
-    assert differences[0] < 0.2, differences
-    assert 1e-3 < differences[-1] < 0.09, differences
+    assert differences[0] < 0.12, differences
+    assert 1e-3 < differences[-1] < 0.05, differences
 
 
 @pytest.mark.parametrize("roi", [None, [8, 8, 8]], ids=["whole", "windows"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from custom.deformation import sample
 from custom.pairs import RandTemplatePaird, near_labels
 from custom.template import label_statistics
 
@@ -114,6 +115,14 @@ def test_contrast_moves_filled_labels_alone_and_absent_ones_by_their_statistics(
     torch.testing.assert_close(result["statistics"][3], torch.tensor([ABSENT[0] + shift, ABSENT[1]]))
 
 
+def test_label_shifts_move_every_label_by_its_own_and_never_the_background():
+    item = make_item()
+    change = (pair(item, **{**QUIET, **STILL, "label_shift_hu": 50.0})["image"] - item["image"])[0]
+    assert change[1, 1, 1].abs() < 1e-3
+    assert change[6, 6, 6].abs() > 5
+    assert (change[11, 11, 10] - change[6, 6, 6]).abs() > 5
+
+
 def test_template_wears_rolled_surrogate_grain_and_not_the_grain_of_the_scan():
     item = make_item()
     result = pair(item, **QUIET, **STILL)
@@ -170,6 +179,27 @@ def test_target_and_template_agree_far_from_labels_and_differ_near_them():
     assert difference[:, 34:].max() < 0.1
     assert difference[:, :10].mean() > 10
     assert (result["image"] - item["image"])[:, 34:].abs().mean() > 10  # the target itself has moved there
+
+
+def test_motion_fades_away_from_the_labels_where_the_deformed_target_has_them():
+    label = torch.zeros(1, 1, 32, 16, 16)
+    label[:, :, 10:16] = 1
+    transform = RandTemplatePaird(
+        spacing_mm=SPACING_MM,
+        target_amplitude_mm=60.0,
+        template_amplitude_mm=(4.0, 4.0),
+        reach_mm=4.0,
+        undeformed_prob=0,
+    )
+    transform.set_random_state(seed=0)
+    transform.randomize(2)
+    target, template = transform._coordinates(label)
+    near = near_labels(label, 4.0, SPACING_MM)
+    away = sample(near, target) < 1e-4
+    assert (away & (near > 0.2)).sum() > 50  # the target has moved
+    motion = (template - target).norm(dim=1, keepdim=True)
+    assert motion[away].max() < 1e-3
+    assert motion[~away].mean() > 0.1
 
 
 def test_pairs_drawn_at_random_are_undeformed_as_often_as_asked():
