@@ -111,9 +111,9 @@ def fitted_template(
 ) -> torch.Tensor:
     """What a network may see of the aligned template image: where it shows another anatomy, the prior instead.
 
-    That is at the thin labels of the target, within two voxels of those of the template, and where the template's heart
-    lies outside the target's. Vessels of another heart lie elsewhere; a network trained on pairs of one heart copies
-    what it sees there, and draws no vessel where the template has none (docs/FINDINGS.md).
+    That is where the labels of template and target differ, at the thin labels of the target, and within two voxels of
+    those of the template. Vessels of another heart lie elsewhere; a network trained on pairs of one heart copies what
+    it sees there, and draws no vessel where the template has none (docs/FINDINGS.md).
 
     Args:
         template_hu, template_label, target_label, prior_hu: (B, 1, H, W, D), on one grid.
@@ -124,8 +124,8 @@ def fitted_template(
     """
     thin = torch.tensor(list(thin_labels), dtype=target_label.dtype)
     own = F.max_pool3d(torch.isin(template_label.round(), thin).float(), 5, 1, 2) > 0
-    outside = (template_label > 0) & (target_label == 0)
-    return torch.where(own | outside | torch.isin(target_label.round(), thin), prior_hu, template_hu)
+    differs = template_label.round() != target_label.round()
+    return torch.where(own | differs | torch.isin(target_label.round(), thin), prior_hu, template_hu)
 
 
 def complete_statistics(statistics: torch.Tensor, nominal_hu: Sequence[float]) -> tuple[torch.Tensor, list[int]]:
