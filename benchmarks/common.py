@@ -11,6 +11,9 @@ from typing import Any
 
 import monai
 import torch
+from monai.bundle import ConfigParser
+
+from custom.handlers import LoadWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,6 +37,18 @@ def machine() -> dict[str, Any]:
         "monai": monai.__version__,
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])]),
     }
+
+
+def trained_renderer(ckpt_dir: str, **overrides: Any) -> ConfigParser:
+    """The shipped inference config with trained weights in its `network_def`, ready to render."""
+    parser = ConfigParser()
+    parser.read_config(str(TRAIN_CONFIG.parent / "inference.json"))
+    parser.update({"bundle_root": str(TRAIN_CONFIG.parent.parent), "ckpt_dir": ckpt_dir, **overrides})
+    parser.parse()
+    network = parser.get_parsed_content("network_def")
+    LoadWeights(network, str(Path(ckpt_dir) / "model.pt"))(None)
+    network.eval()
+    return parser
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

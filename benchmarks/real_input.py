@@ -15,8 +15,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import RESULTS, TRAIN_CONFIG, machine, write_json
-from monai.bundle import ConfigParser
+from common import RESULTS, machine, trained_renderer, write_json
 from scipy import ndimage
 
 from custom.deformation import exponentiate, random_velocity, warp_labels
@@ -89,24 +88,18 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     pair = {"image": str(data / "real_cta/image.nii.gz"), "label": str(data / "real_cta/label_derived.nii.gz")}
     deformed = deformed_mask(Path(pair["label"]), work / "cta_deformed.nii.gz")
-    parser = ConfigParser()
-    parser.read_config(str(TRAIN_CONFIG.parent / "inference.json"))
     masks = [str(data / "visible_human_heart_F/label_1mm.nii.gz"), str(deformed)]
-    parser.update(
+    parser = trained_renderer(ckpt_dir, target_masks=masks, templates=[pair], output_dir=str(work / "rendered"))
+    network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
+    preprocessing = parser.get_parsed_content("preprocessing")
+    template = preprocessing(
         {
-            "bundle_root": str(TRAIN_CONFIG.parent.parent),
-            "target_masks": masks,
-            "templates": [pair],
-            "ckpt_dir": ckpt_dir,
-            "output_dir": str(work / "rendered"),
+            "label": pair["label"],
+            "case": "itself",
+            "template_image": pair["image"],
+            "template_label": pair["label"],
         }
     )
-    parser.parse()
-    network, inferer = parser.get_parsed_content("network"), parser.get_parsed_content("inferer")
-    network.load_state_dict(torch.load(Path(ckpt_dir) / "model.pt", map_location="cpu", weights_only=True))
-    network.eval()
-    preprocessing = parser.get_parsed_content("preprocessing")
-    template = preprocessing({"label": pair["label"], "case": "itself", **_as_template(pair)})
     template_image = template["template_image"][0].numpy()
     template_label = template["label"][0].numpy().round().astype(np.int64)
     results, rows = {}, []
@@ -118,10 +111,6 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
         print(case["case"], results[case["case"]])
     save_sheet(RESULTS / "real_input.png", rows, vessel_labels=[VESSEL])
     write_json(RESULTS / "real_input.json", {"machine": machine(), "cases": results})
-
-
-def _as_template(pair: dict[str, str]) -> dict[str, str]:
-    return {"template_image": pair["image"], "template_label": pair["label"]}
 
 
 if __name__ == "__main__":

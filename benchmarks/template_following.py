@@ -10,14 +10,12 @@ the mask that was asked for, and the mask of the template.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import fire
 import numpy as np
 import torch
-from common import RESULTS, TRAIN_CONFIG, machine, write_json
-from monai.bundle import ConfigParser
+from common import RESULTS, machine, trained_renderer, write_json
 
 from custom.phantom import make_subject
 from custom.pictures import save_sheet
@@ -52,12 +50,8 @@ def blood_dice(image: np.ndarray, label: np.ndarray, statistics: np.ndarray) -> 
 
 def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
     """Render, measure, draw; write benchmarks/results/template_following.json and .png."""
-    parser = ConfigParser()
-    parser.read_config(str(TRAIN_CONFIG.parent / "inference.json"))
-    parser.parse()
+    parser = trained_renderer(ckpt_dir)
     network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
-    network.load_state_dict(torch.load(Path(ckpt_dir) / "model.pt", map_location="cpu", weights_only=True))
-    network.eval()
     prepare = [
         LabelStatisticsd("template_image", "template_label", num_labels=11),
         AlignTemplated(labels=LABELS, spacing_mm=[SPACING_MM] * 3),
