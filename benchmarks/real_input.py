@@ -51,13 +51,27 @@ def contrast(image: np.ndarray, label: np.ndarray) -> float:
     return float(image[vessel].mean() - image[around].mean())
 
 
-def ghost_step(image: np.ndarray, label: np.ndarray, template_label: np.ndarray) -> float:
-    """Mean step in HU across the aligned template heart's outline where the target has background; NaN if nowhere."""
-    background = ~ndimage.binary_dilation(label > 0, CUBE, iterations=2) & (image > -300)
+def ghost_step(image: np.ndarray, label: np.ndarray, template_label: np.ndarray) -> tuple[float, int]:
+    """Step in HU across the aligned template heart's outline where the target has background.
+
+    Voxels up to two inside the outline, against the mean of those one to three voxels outside it in the 7^3 voxels
+    around them: means over the whole outline would compare different organs. Unlabelled blood and lung are left out.
+
+    Returns:
+        mean step and the voxels it is taken over; NaN and 0 if nowhere.
+    """
+    soft = (image > -300) & (image < 150)
+    background = soft & ~ndimage.binary_dilation(label > 0, CUBE, iterations=2)
     heart = template_label > 0
     inside = heart & ~ndimage.binary_erosion(heart, CUBE, iterations=2) & background
-    outside = ndimage.binary_dilation(heart, CUBE, iterations=2) & ~heart & background
-    return float(image[inside].mean() - image[outside].mean()) if inside.any() and outside.any() else float("nan")
+    outside = ndimage.binary_dilation(heart, CUBE, iterations=3) & ~ndimage.binary_dilation(heart, CUBE) & background
+    share = ndimage.uniform_filter(outside.astype(float), 7)
+    compared = inside & (share > 3 / 7**3)
+    if not compared.any():
+        return float("nan"), 0
+    around = ndimage.uniform_filter(np.where(outside, image, 0).astype(float), 7)
+    step = image[compared] - around[compared] / share[compared]
+    return float(step.mean()), int(compared.sum())
 
 
 def measure(image: np.ndarray, item: dict, template: np.ndarray, template_label: np.ndarray) -> dict:
@@ -68,14 +82,17 @@ def measure(image: np.ndarray, item: dict, template: np.ndarray, template_label:
     inside, template_inside = (
         ndimage.binary_erosion(np.isin(volume, CHAMBERS), CUBE) for volume in (label, template_label)
     )
+    step, step_voxels = ghost_step(image, label, item["template_label"][0].numpy())
+    prior_step, _ = ghost_step(item["prior"][0].numpy(), label, item["template_label"][0].numpy())
     return {
         "label_error_hu": {str(i): float(means[i] - reference[i]) for i in LABELS},
         "coronary_mean_hu": float(means[VESSEL]),
         "coronary_contrast_hu": contrast(image, label),
         "coronary_contrast_of_template_hu": contrast(template, template_label),
         "noise_ratio": noise_sd(image, inside) / noise_sd(template, template_inside),
-        "ghost_step_hu": ghost_step(image, label, item["template_label"][0].numpy()),
-        "ghost_step_of_the_prior_hu": ghost_step(item["prior"][0].numpy(), label, item["template_label"][0].numpy()),
+        "ghost_step_hu": step,
+        "ghost_step_voxels": step_voxels,
+        "ghost_step_of_the_prior_hu": prior_step,
         "template_texture_correlation": texture_correlation(
             image, item["template_image"][0].numpy(), (label == 0) & (image > -300)
         ),

@@ -20,6 +20,7 @@ from custom.diffusion import haar_pack, space_to_depth
 _MIN_VOXELS = 8
 _BACKGROUND_SIGMA_VOXELS = 0.8
 _BORDER_VOXELS = 4
+_SOFT_TISSUE_HU = (-300.0, 150.0)
 _ROUND_OFF_HU = 1e-3
 
 
@@ -71,10 +72,14 @@ def template_background(template_hu: torch.Tensor, template_label: torch.Tensor)
         template_hu, template_label: (B, 1, H, W, D), aligned to the target.
 
     Returns:
-        (B, 1, H, W, D) HU. The labelled region and the voxel around it (partial volume) are filled from outside.
+        (B, 1, H, W, D) HU. The labelled region and the voxel around it (partial volume) are filled from the soft
+        tissue outside: lung and unlabelled blood filled in too would leave the heart's outline (docs/FINDINGS.md).
+        Where no soft tissue is outside, everything outside is used.
     """
     outside = F.max_pool3d((template_label > 0).float(), 3, 1, 1) == 0
-    filled = fill_holes(template_hu, outside)
+    low, high = _SOFT_TISSUE_HU
+    source = outside & (template_hu > low) & (template_hu < high)
+    filled = torch.where(outside, template_hu, fill_holes(template_hu, source if bool(source.any()) else outside))
     # The filter pads with zeros: without the border repeated, air next to it would read -650 HU.
     padded = F.pad(filled, (_BORDER_VOXELS,) * 6, mode="replicate")
     inside = (..., *[slice(_BORDER_VOXELS, -_BORDER_VOXELS)] * 3)

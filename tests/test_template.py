@@ -105,6 +105,18 @@ def test_background_does_not_show_the_heart():
     torch.testing.assert_close(background, torch.full_like(background, -60.0), rtol=0, atol=0.01)
 
 
+def test_the_heart_is_replaced_by_soft_tissue_not_by_lung_or_unlabelled_blood_beside_it():
+    label = torch.from_numpy(box(margin=8))[None, None]
+    image = torch.full(label.shape, -60.0)
+    image[:, :, : label.shape[2] // 2 - 2] = -800.0
+    image[..., -4:] = 400.0
+    inside = torch.nn.functional.max_pool3d(-(label > 0).float(), 3, 1, 1) == -1
+    background = template_background(torch.where(label > 0, 300.0, image), label)
+    assert float(background[inside].max()) < 0
+    assert float(background[inside].median()) == pytest.approx(-60.0, abs=30)
+    assert float(background[:, :, 2].median()) == pytest.approx(-800.0, abs=1)  # lung itself stays
+
+
 def test_prior_paints_exactly_the_table_on_the_labels_and_the_background_elsewhere():
     label = torch.randint(-1, 4, (2, 1, 5, 6, 7), generator=torch.Generator().manual_seed(0)).float()
     table = torch.tensor([[9999.0, 9999.0], [105.3, 21.0], [400.1, 30.5], [-7.0, 2.0]])
