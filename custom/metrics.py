@@ -10,7 +10,7 @@ from monai.metrics import CumulativeIterationMetric
 from scipy import ndimage
 
 from custom.template import label_statistics, noise_sd
-from custom.topology import cl_dice
+from custom.thinning import cl_dice
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
 _LUNG_BELOW_HU = -300.0

@@ -1,4 +1,4 @@
-"""Topology of binary masks and label maps: Betti numbers, skeletons, contacts (layer 0, numpy arrays, 3D).
+"""Topology of binary masks and label maps: Betti numbers, components, contacts (layer 0, numpy arrays, 3D).
 
 Conventions: a mask is a 3D array whose non-zero voxels are foreground. Foreground is 26-connected and background
 6-connected, the pair for which the Euler characteristic of a voxel set is consistent. What lies outside the array is
@@ -7,8 +7,6 @@ background. Lengths do not enter: everything here is counted in voxels.
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
@@ -16,25 +14,18 @@ from skimage.measure import euler_number
 
 __all__ = [
     "betti_numbers",
-    "cl_dice",
     "components_touching",
     "fill_cavities",
     "label_adjacency",
     "largest_components",
-    "skeleton",
 ]
 
 BoolArray = NDArray[np.bool_]
 
 _NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
-_OFFSETS = np.array([o for o in product((-1, 0, 1), repeat=3) if o != (0, 0, 0)])  # 26 neighbours
-_FACES = np.abs(_OFFSETS).sum(1) == 1
-_WITHIN_18 = np.abs(_OFFSETS).sum(1) <= 2
-_LINKS_26 = (np.abs(_OFFSETS[:, None] - _OFFSETS[None]).max(2) <= 1).astype(np.float32)
-_LINKS_6 = (np.abs(_OFFSETS[:, None] - _OFFSETS[None]).sum(2) <= 1).astype(np.float32)
 
 
-def _as_3d(name: str, array: ArrayLike) -> NDArray:
+def as_3d(name: str, array: ArrayLike) -> NDArray:
     values = np.asarray(array)
     if values.ndim != 3:
         raise ValueError(
@@ -43,16 +34,16 @@ def _as_3d(name: str, array: ArrayLike) -> NDArray:
     return values
 
 
-def _as_mask(name: str, mask: ArrayLike) -> BoolArray:
-    return _as_3d(name, mask).astype(bool)
+def as_mask(name: str, mask: ArrayLike) -> BoolArray:
+    return as_3d(name, mask).astype(bool)
 
 
-def _same_shape(name_a: str, a: NDArray, name_b: str, b: NDArray) -> None:
+def same_shape(name_a: str, a: NDArray, name_b: str, b: NDArray) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have one shape, got {a.shape} and {b.shape}; resample one first.")
 
 
-def _bounding_box(mask: BoolArray) -> tuple[slice, slice, slice]:
+def bounding_box(mask: BoolArray) -> tuple[slice, slice, slice]:
     """Smallest box of a non-empty mask."""
     spans = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
     h, w, d = (slice(int(span[0]), int(span[-1]) + 1) for span in spans)
@@ -81,10 +72,10 @@ def betti_numbers(mask: ArrayLike) -> tuple[int, int, int]:
     Raises:
         ValueError: if `mask` is not 3D.
     """
-    foreground = _as_mask("mask", mask)
+    foreground = as_mask("mask", mask)
     if not foreground.any():
         return 0, 0, 0
-    padded = np.pad(foreground[_bounding_box(foreground)], 1)
+    padded = np.pad(foreground[bounding_box(foreground)], 1)
     b0 = int(ndimage.label(padded, _NEIGHBOURS_26)[1])
     b2 = int(_cavities(padded)[1])
     chi = int(euler_number(padded, connectivity=3))
@@ -103,9 +94,9 @@ def fill_cavities(mask: ArrayLike) -> BoolArray:
     Raises:
         ValueError: if `mask` is not 3D.
     """
-    filled = _as_mask("mask", mask).copy()
+    filled = as_mask("mask", mask).copy()
     if filled.any():
-        box = _bounding_box(filled)
+        box = bounding_box(filled)
         filled[box] |= _cavities(np.pad(filled[box], 1))[0][1:-1, 1:-1, 1:-1]
     return filled
 
@@ -125,7 +116,7 @@ def largest_components(mask: ArrayLike, count: int) -> BoolArray:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}; to drop a label, set its voxels to 0 instead.")
-    components, total = ndimage.label(_as_mask("mask", mask), _NEIGHBOURS_26)
+    components, total = ndimage.label(as_mask("mask", mask), _NEIGHBOURS_26)
     sizes = np.bincount(components.ravel(), minlength=total + 1)[1:]
     kept = np.argsort(-sizes, kind="stable")[:count] + 1
     return np.isin(components, kept)
@@ -145,8 +136,8 @@ def components_touching(mask: ArrayLike, other: ArrayLike) -> tuple[int, int]:
     Raises:
         ValueError: if an argument is not 3D or the shapes differ.
     """
-    foreground, target = _as_mask("mask", mask), _as_mask("other", other)
-    _same_shape("mask", foreground, "other", target)
+    foreground, target = as_mask("mask", mask), as_mask("other", other)
+    same_shape("mask", foreground, "other", target)
     components, total = ndimage.label(foreground, _NEIGHBOURS_26)
     if total == 0 or not target.any():
         return 0, int(total)
@@ -170,7 +161,7 @@ def label_adjacency(label_map: ArrayLike) -> set[tuple[int, int]]:
     Raises:
         ValueError: if `label_map` is not 3D.
     """
-    labels = _as_3d("label_map", label_map)
+    labels = as_3d("label_map", label_map)
     pairs: set[tuple[int, int]] = set()
     for axis in range(3):
         lines = np.moveaxis(labels, axis, 0)
@@ -179,111 +170,3 @@ def label_adjacency(label_map: ArrayLike) -> set[tuple[int, int]]:
         found = np.unique(np.stack([here[contact], there[contact]]), axis=1)
         pairs |= {(int(min(a, b)), int(max(a, b))) for a, b in found.T}
     return pairs
-
-
-def _reached(members: BoolArray, starts: BoolArray, links: NDArray[np.float32]) -> BoolArray:
-    """Members (N, 26) of each neighbourhood that are linked to the first start; none where there is no start."""
-    reached = np.zeros_like(members)
-    rows = np.arange(len(members))
-    first = starts.argmax(1)
-    reached[rows, first] = starts[rows, first]
-    while True:
-        grown = (reached.astype(np.float32) @ links > 0) & members
-        if (grown == reached).all():
-            return reached
-        reached = grown
-
-
-def _is_simple(neighbours: BoolArray) -> BoolArray:
-    """Which voxels can go without a change of topology (Bertrand & Malandain 1994), from their (N, 26) neighbours.
-
-    One 26-component of foreground around the voxel, and one 6-component of background that shares a face with it,
-    within its 18 neighbours.
-    """
-    one_object = (_reached(neighbours, neighbours, _LINKS_26) == neighbours).all(1) & neighbours.any(1)
-    background = ~neighbours & _WITHIN_18
-    faces = background & _FACES
-    one_background = (_reached(background, faces, _LINKS_6) >= faces).all(1) & faces.any(1)
-    return one_object & one_background
-
-
-def _thin(padded: BoolArray) -> None:
-    """Removes, in place, simple voxels that are not line ends, layer by layer from six sides until none is left.
-
-    Voxels of one parity class are not neighbours, so each of the eight classes may go at once.
-    """
-    flat = padded.ravel()
-    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-    around = _OFFSETS @ strides
-    classes = ((np.indices(padded.shape) % 2) * np.array([4, 2, 1]).reshape(3, 1, 1, 1)).sum(0).ravel()
-    removed = True
-    while removed:
-        removed = False
-        for side in around[_FACES]:
-            voxels = np.flatnonzero(flat)
-            border = voxels[~flat[voxels + side]]
-            for parity in range(8):
-                chosen = border[classes[border] == parity]
-                neighbours = flat[chosen[:, None] + around]
-                chosen, neighbours = chosen[neighbours.sum(1) > 1], neighbours[neighbours.sum(1) > 1]
-                gone = chosen[_is_simple(neighbours)]
-                flat[gone] = False
-                removed |= len(gone) > 0
-
-
-def skeleton(mask: ArrayLike) -> BoolArray:
-    """Thins a mask to a one-voxel-wide centre line of the same topology. Ours.
-
-    Not scikit-image's `skeletonize`: of a 3D mask an even number of voxels thick it erases whole branches or all (a bar
-    of 2 x 2 x 20 voxels leaves nothing), and coronaries are two voxels wide. Here every removed voxel is simple and no
-    line end at the moment it goes.
-
-    Args:
-        mask: (H, W, D), non-zero is foreground. May touch the border.
-
-    Returns:
-        (H, W, D) bool, a subset of the mask with its Betti numbers. An empty mask stays empty, one voxel stays; a
-        cavity keeps a shell around it.
-
-    Raises:
-        ValueError: if `mask` is not 3D.
-    """
-    foreground = _as_mask("mask", mask)
-    thin = np.zeros_like(foreground)
-    if foreground.any():
-        box = _bounding_box(foreground)
-        padded = np.pad(foreground[box], 1)
-        _thin(padded)
-        thin[box] = padded[1:-1, 1:-1, 1:-1]
-    return thin
-
-
-def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
-    """Centre-line Dice with hard skeletons.
-
-    T_prec = |S_P & V_L| / |S_P|, T_sens = |S_L & V_P| / |S_L|, clDice = 2 T_prec T_sens / (T_prec + T_sens), with
-    V_P, V_L the two masks and S_P, S_L their skeletons.
-
-    Args:
-        prediction: (H, W, D), non-zero is foreground.
-        truth: (H, W, D), non-zero is foreground.
-
-    Returns:
-        A value in [0, 1]; 1 if both masks are empty, 0 if exactly one is.
-
-    Raises:
-        ValueError: if an argument is not 3D or the shapes differ.
-
-    References:
-        Shit et al., clDice - a novel topology-preserving loss function for tubular structure segmentation, CVPR 2021.
-    """
-    V_P, V_L = _as_mask("prediction", prediction), _as_mask("truth", truth)
-    _same_shape("prediction", V_P, "truth", V_L)
-    if not V_P.any() or not V_L.any():
-        return float(not V_P.any() and not V_L.any())
-    S_P, S_L = skeleton(V_P), skeleton(V_L)
-    precision = (S_P & V_L).sum() / S_P.sum()
-    sensitivity = (S_L & V_P).sum() / S_L.sum()
-    if precision + sensitivity == 0:
-        return 0.0
-    return float(2 * precision * sensitivity / (precision + sensitivity))

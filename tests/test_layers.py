@@ -13,7 +13,7 @@ CUSTOM = Path(__file__).resolve().parents[1] / "custom"
 MODULES = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__init__")
 
 LAYERS: list[set[str]] = [
-    {"deformation", "registration", "topology", "diffusion"},
+    {"deformation", "registration", "thinning", "topology", "diffusion"},
     {"correspondence", "networks", "schedulers", "losses", "metrics", "template", "pictures", "residual"}
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
     {"checks", "datalists", "engines", "handlers", "inferers", "logs", "pairs", "report", "transforms", "writers"},
