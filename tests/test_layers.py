@@ -14,7 +14,17 @@ MODULES = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__in
 
 LAYERS: list[set[str]] = [
     {"deformation", "registration", "thinning", "topology", "diffusion"},
-    {"correspondence", "networks", "schedulers", "losses", "metrics", "template", "pictures", "residual"}
+    {
+        "correspondence",
+        "mask_preparation",
+        "networks",
+        "schedulers",
+        "losses",
+        "metrics",
+        "template",
+        "pictures",
+        "residual",
+    }
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
     {"checks", "datalists", "engines", "handlers", "inferers", "logs", "pairs", "report", "transforms", "writers"},
 ]
