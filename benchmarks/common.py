@@ -17,6 +17,7 @@ from custom.handlers import LoadWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES = ROOT / "docs/pictures"
 TRAIN_CONFIG = ROOT / "bundles/structdiff_cardiac/configs/train.json"
 
 

@@ -15,7 +15,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import RESULTS, machine, trained_renderer, write_json
+from common import PICTURES, RESULTS, machine, trained_renderer, write_json
 from scipy import ndimage
 
 from custom.deformation import exponentiate, random_velocity, warp_labels
@@ -126,7 +126,7 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
         results[case["case"]] = measure(image, item, template_image, template_label)
         rows += [(case["case"], image, item["label"][0].numpy())]
         print(case["case"], results[case["case"]])
-    save_sheet(RESULTS / "real_input.png", rows, vessel_labels=[VESSEL])
+    save_sheet(PICTURES / "real_input.png", rows, vessel_labels=[VESSEL])
     write_json(RESULTS / "real_input.json", {"machine": machine(), "cases": results})
 
 

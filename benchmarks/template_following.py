@@ -15,7 +15,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from common import RESULTS, machine, trained_renderer, write_json
+from common import PICTURES, RESULTS, machine, trained_renderer, write_json
 
 from custom.phantom import make_subject
 from custom.pictures import save_sheet
@@ -49,7 +49,7 @@ def blood_dice(image: np.ndarray, label: np.ndarray, statistics: np.ndarray) -> 
 
 
 def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
-    """Render, measure, draw; write benchmarks/results/template_following.json and .png."""
+    """Render, measure, draw; write benchmarks/results/template_following.json and docs/pictures/template_following.png."""
     parser = trained_renderer(ckpt_dir)
     network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
     prepare = [
@@ -90,7 +90,7 @@ def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
     write_json(RESULTS / "template_following.json", result)
     rows = [(f"template {i}", subjects[i][0], subjects[i][1]) for i in range(3)]
     rows += [(f"one mask, template {i}", rendered[i], target) for i in range(3)]
-    save_sheet(RESULTS / "template_following.png", rows, vessel_labels=[VESSEL])
+    save_sheet(PICTURES / "template_following.png", rows, vessel_labels=[VESSEL])
     for key in ("correlation_by_label", "correlation_all_labels", "mean_absolute_error_hu", "anatomy"):
         print(key, result[key])
 
