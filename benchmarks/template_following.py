@@ -49,7 +49,7 @@ def blood_dice(image: np.ndarray, label: np.ndarray, statistics: np.ndarray) -> 
 
 
 def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
-    """Render, measure, draw; write benchmarks/results/template_following.json and docs/pictures/template_following.png."""
+    """Render, measure, draw; write template_following .json to benchmarks/results and .png to docs/pictures."""
     parser = trained_renderer(ckpt_dir)
     network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
     prepare = [
