@@ -48,6 +48,6 @@ END
     --meta_file "$bundle/configs/metadata.json" --logging_file "$bundle/configs/logging.conf" --bundle_root "$bundle" \
     --datalists "['$output/phantoms/datalist.json','$output/real.json']" \
     --output_dir "$output/training" --ckpt_dir "$output/models" \
-    --max_epochs 54 --val_interval 12 --val_cases 1 --seed 1
+    --max_epochs 120 --val_interval 12 --val_cases 3 --seed 1
 
 "$python" benchmarks/real_input.py --data_dir "$data" --ckpt_dir "$output/models" --work_dir "$output"
