@@ -33,13 +33,17 @@ class Structure:
         max_handles: tunnels that may stay; with more than that, all are cut.
         tubular: a vessel tree: not smoothed, and it wins over other labels.
         touches: labels that each of its pieces must touch.
+        wall: its thickness is measured.
+        keep: take it as it is: neither smoothed nor brought to components and handles.
     """
 
     name: str
     components: int = 1
-    max_handles: int = 2
+    max_handles: int = 0
     tubular: bool = False
     touches: tuple[int, ...] = ()
+    wall: bool = False
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if self.components < 1:
@@ -83,7 +87,7 @@ def smooth_label_map(
     return smooth
 
 
-def _regrown(mask: BoolArray, spacing_mm: Sequence[float]) -> BoolArray:
+def regrown(mask: BoolArray, spacing_mm: Sequence[float]) -> BoolArray:
     """Grown again inside itself from the deepest voxel of each component: same components, no handle, no cavity."""
     pieces, total = ndimage.label(mask, np.ones((3, 3, 3)))
     depth = ndimage.distance_transform_edt(mask, sampling=spacing_mm)
@@ -93,7 +97,8 @@ def _regrown(mask: BoolArray, spacing_mm: Sequence[float]) -> BoolArray:
     return grow(seed, mask)
 
 
-def _dice(a: BoolArray, b: BoolArray) -> float:
+def dice(a: BoolArray, b: BoolArray) -> float:
+    """Dice of two masks; 0 when both are empty."""
     return float(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
 
 
@@ -131,21 +136,22 @@ def prepare_label_map(
     if not present:
         raise ValueError(f"label_map holds none of the labels {sorted(structures)}; check the label mapping.")
     raw = np.where(np.isin(labels, present), labels, 0).astype(np.uint8)
-    vessels = [k for k in present if structures[k].tubular]
-    walls = [k for k in present if not structures[k].tubular]
-    smooth = smooth_label_map(raw, walls, spacing_mm=spacing_mm, sigma_mm=smoothing_mm) if smoothing_mm else raw.copy()
-    for k in vessels:
-        smooth[smooth == k] = 0
-        smooth[raw == k] = k
-    prepared = np.zeros_like(raw)
-    for k in present:
+    exact = [k for k in present if structures[k].tubular or structures[k].keep]
+    smoothed = [k for k in present if k not in exact]
+    smooth = raw.copy()
+    if smoothing_mm and smoothed:
+        smooth = smooth_label_map(raw, smoothed, spacing_mm=spacing_mm, sigma_mm=smoothing_mm)
+        smooth[np.isin(raw, exact)] = raw[np.isin(raw, exact)]
+    cleaned = [k for k in present if not structures[k].keep]
+    prepared = np.where(np.isin(smooth, cleaned), 0, smooth)
+    for k in cleaned:
         prepared[largest_components(smooth == k, structures[k].components)] = k
-    for k in sorted(present, key=lambda k: structures[k].tubular):
+    for k in sorted(cleaned, key=lambda k: structures[k].tubular):
         mask = prepared == k
         mask = fill_cavities(mask) & (mask | (prepared == 0))
         if betti_numbers(mask)[1] > structures[k].max_handles:
             prepared[mask] = 0
-            mask = _regrown(mask, spacing_mm)
+            mask = regrown(mask, spacing_mm)
         prepared[mask] = k
     report = {}
     for k in present:
@@ -156,9 +162,9 @@ def prepare_label_map(
             "betti_after": betti_numbers(after),
             "voxels_before": int(before.sum()),
             "voxels_after": int(after.sum()),
-            "dice": _dice(before, after),
+            "dice": dice(before, after),
         }
-    _check_intent(prepared, {k: structures[k] for k in present})
+    _check_intent(prepared, {k: structures[k] for k in cleaned})
     return prepared, report
 
 
@@ -169,12 +175,13 @@ def _check_intent(prepared: LabelMap, structures: Mapping[int, Structure]) -> No
         if components != structure.components:
             raise ValueError(
                 f"{where} has {components} components, {structure.components} are intended; correct the reference, or "
-                f"keep it as it is with components={components}."
+                f"keep it as it is with components={components} or keep=true."
             )
         if cavities or handles > structure.max_handles:
             raise ValueError(
                 f"{where} keeps {handles} handles and {cavities} cavities (at most {structure.max_handles} and 0); "
-                "another label lies inside it: correct the reference, or drop one of the two labels."
+                "another label lies inside it: correct the reference, drop one of the two labels, or keep it as it is "
+                "with keep=true."
             )
         for other in structure.touches:
             touching, total = components_touching(prepared == k, prepared == other)

@@ -7,6 +7,8 @@ background. Lengths do not enter: everything here is counted in voxels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
@@ -15,8 +17,8 @@ from skimage.measure import euler_number
 __all__ = [
     "betti_numbers",
     "components_touching",
+    "contact_areas",
     "fill_cavities",
-    "label_adjacency",
     "largest_components",
 ]
 
@@ -146,27 +148,31 @@ def components_touching(mask: ArrayLike, other: ArrayLike) -> tuple[int, int]:
     return len(touched), int(total)
 
 
-def label_adjacency(label_map: ArrayLike) -> set[tuple[int, int]]:
-    """Finds which labels share a face.
+def contact_areas(label_map: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> dict[tuple[int, int], float]:
+    """Measures the faces that labels share.
 
     6-neighbours, not 26: two surfaces that share a face really meet, while contacts over an edge or a corner come and
-    go with every resampling, and this set is compared before and after a deformation.
+    go with every resampling, and these are compared before and after a deformation.
 
     Args:
         label_map: (H, W, D) integer labels, 0 is background.
+        spacing_mm: voxel size along each axis, mm.
 
     Returns:
-        Pairs (low, high) of different non-zero labels; empty for an empty map or a single label.
+        (low, high) of each pair of different non-zero labels that meet -> area of all faces between them in mm^2, of
+        the voxels as they are, so steps make it larger than that of a smooth surface. Empty for a single label.
 
     Raises:
         ValueError: if `label_map` is not 3D.
     """
     labels = as_3d("label_map", label_map)
-    pairs: set[tuple[int, int]] = set()
+    volume, areas = float(np.prod(spacing_mm)), dict[tuple[int, int], float]()
     for axis in range(3):
         lines = np.moveaxis(labels, axis, 0)
         here, there = lines[:-1], lines[1:]
         contact = (here != there) & (here != 0) & (there != 0)
-        found = np.unique(np.stack([here[contact], there[contact]]), axis=1)
-        pairs |= {(int(min(a, b)), int(max(a, b))) for a, b in found.T}
-    return pairs
+        pairs = np.sort(np.stack([here[contact], there[contact]]), axis=0)
+        found, faces = np.unique(pairs, axis=1, return_counts=True)
+        for (a, b), count in zip(found.T.tolist(), faces.tolist(), strict=True):
+            areas[a, b] = areas.get((a, b), 0.0) + count * volume / spacing_mm[axis]
+    return areas

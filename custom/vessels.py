@@ -1,4 +1,4 @@
-"""Vessel trees as centre lines with radii: read from a mask, carried through a map, drawn again. Ours (layer 0).
+"""Vessel trees as centre lines with radii: read from a mask, carried through a map, edited, drawn again. Ours (layer 0).
 
 Warping the voxels of a vessel two voxels wide breaks it; its centre line cannot break. Positions are in mm from the
 centre of voxel (0, 0, 0), along the axes of the array.
@@ -11,19 +11,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.spatial import cKDTree
 
 from custom.thinning import skeleton
 from custom.topology import BoolArray, as_mask
 
-__all__ = ["VesselTree", "carry", "draw", "fit_radii", "read_tree"]
+__all__ = ["VesselTree", "anchored", "carry", "draw", "prune", "read_tree", "tree_length_mm"]
 
 Points = NDArray[np.float64]
-_SMOOTHING_PASSES = 2
-_FIT_STEPS = 12
+_POINT_PASSES = 2
+_RADIUS_PASSES = 6
 
 
 @dataclass(frozen=True)
@@ -34,53 +33,181 @@ class VesselTree:
         points_mm: (N, 3) positions.
         radii_mm: (N,) radii.
         edges: (E, 2) indices of linked points; without loops.
+        roots: (R,) indices of the points where a tree leaves what it is attached to; empty when not known.
     """
 
     points_mm: Points
     radii_mm: NDArray[np.float64]
     edges: NDArray[np.intp]
+    roots: NDArray[np.intp]
+
+    def trees(self) -> NDArray[np.intp]:
+        """Number of the tree that each point belongs to, (N,)."""
+        count = len(self.points_mm)
+        links = coo_matrix((np.ones(len(self.edges)), self.edges.T), (count, count))
+        return connected_components(links, directed=False)[1].astype(np.intp)
+
+    def degrees(self) -> NDArray[np.intp]:
+        """Number of links of each point, (N,)."""
+        return np.bincount(self.edges.ravel(), minlength=len(self.points_mm))
+
+
+def _smoothed(values: NDArray[np.float64], tree: VesselTree, passes: int) -> NDArray[np.float64]:
+    """Averages of each point and its neighbours along the tree, repeated; values (N,) or (N, C)."""
+    weights = (tree.degrees() + 1).reshape(-1, *(1,) * (values.ndim - 1))
+    for _ in range(passes):
+        sums = values.copy()
+        for here, there in (tree.edges.T, tree.edges.T[::-1]):
+            np.add.at(sums, here, values[there])
+        values = sums / weights
+    return values
+
+
+def _edge_lengths(tree: VesselTree) -> NDArray[np.float64]:
+    return np.linalg.norm(tree.points_mm[tree.edges[:, 0]] - tree.points_mm[tree.edges[:, 1]], axis=1)
+
+
+def tree_length_mm(tree: VesselTree) -> float:
+    """Length of all links, mm; 0 without links."""
+    return float(_edge_lengths(tree).sum())
+
+
+def _forest(voxels: NDArray[np.intp], spacing: Points) -> VesselTree:
+    """Minimum spanning forest of skeleton voxels linked to their 26 neighbours; radii are still 0."""
+    points = voxels * spacing
+    pairs = cKDTree(voxels).query_pairs(1.8, output_type="ndarray")
+    lengths = np.linalg.norm(points[pairs[:, 0]] - points[pairs[:, 1]], axis=1)
+    forest = minimum_spanning_tree(coo_matrix((lengths, pairs.T), (len(voxels),) * 2)).tocoo()
+    edges = np.stack([forest.row, forest.col], 1).astype(np.intp)
+    return VesselTree(points, np.zeros(len(points)), edges, np.zeros(0, np.intp))
 
 
 def read_tree(mask: ArrayLike, spacing_mm: Sequence[float]) -> VesselTree:
-    """Reads centre lines and radii from a mask: skeleton, minimum spanning forest, distance to the wall.
+    """Reads centre lines and radii from a mask: skeleton, minimum spanning forest, and the voxels nearest to each point.
 
-    Positions and radii are averaged with their neighbours along the tree, twice, ends apart: a skeleton runs in steps
-    of whole voxels.
+    A skeleton runs in steps of whole voxels. Each point is moved to the centroid of the vessel voxels nearest to it, then
+    averaged with its neighbours along the tree; its radius is that of the tube with the volume of those voxels over its
+    piece of the line, sqrt(V / (pi L)), V and L averaged along the tree. Distances to the wall, read at voxel centres,
+    are off by up to a voxel, which is all of a thin vessel.
 
     Args:
         mask: (H, W, D), non-zero is vessel. Loops lose their longest link.
         spacing_mm: voxel size along each axis, mm.
 
     Returns:
-        The forest, with one tree a component; without points for an empty mask.
+        The forest, with one tree a component, roots not known; without points for an empty mask.
 
     Raises:
         ValueError: if `mask` is not 3D.
     """
-    vessel = as_mask("mask", mask)
-    voxels = np.argwhere(skeleton(vessel))
+    vessel, spacing = as_mask("mask", mask), np.array(spacing_mm, float)
+    skeleton_voxels = np.argwhere(skeleton(vessel))
+    if len(skeleton_voxels) == 0:
+        return VesselTree(np.zeros((0, 3)), np.zeros(0), np.zeros((0, 2), np.intp), np.zeros(0, np.intp))
+    tree = _forest(skeleton_voxels, spacing)
+    voxels = np.argwhere(vessel) * spacing
+    nearest = cKDTree(tree.points_mm).query(voxels)[1]
+    counts = np.bincount(nearest, minlength=len(tree.points_mm)).astype(float)
+    sums = np.stack([np.bincount(nearest, voxels[:, k], len(counts)) for k in range(3)], 1)
+    centred = replace(tree, points_mm=sums / counts[:, None])
+    tree = replace(tree, points_mm=_smoothed(centred.points_mm, tree, _POINT_PASSES))
+    volumes = _smoothed(counts * spacing.prod(), tree, _RADIUS_PASSES)
+    pieces = np.bincount(tree.edges.ravel(), np.repeat(_edge_lengths(tree) / 2, 2), len(counts))
+    ends = tree.degrees() < 2  # their voxels reach about as far beyond the last link as before it
+    pieces = _smoothed(np.where(ends, np.maximum(2 * pieces, spacing.min()), pieces), tree, _RADIUS_PASSES)
+    return replace(tree, radii_mm=np.sqrt(volumes / (np.pi * pieces)))
+
+
+def anchored(tree: VesselTree, target: ArrayLike, spacing_mm: Sequence[float]) -> VesselTree:
+    """Links each tree to the nearest voxel of what it must touch, so that it still does when it is drawn elsewhere.
+
+    Args:
+        tree: with at least one point a tree.
+        target: (H, W, D), non-zero is, for example, the aorta; on the grid of the tree.
+        spacing_mm: voxel size along each axis, mm.
+
+    Returns:
+        The tree with one more point for each of its trees, its root, with the radius of the point it is linked to.
+
+    Raises:
+        ValueError: if `target` is not 3D or is empty.
+    """
+    voxels = np.argwhere(as_mask("target", target)) * np.array(spacing_mm, float)
     if len(voxels) == 0:
-        return VesselTree(np.zeros((0, 3)), np.zeros(0), np.zeros((0, 2), np.intp))
-    wall = ndimage.distance_transform_edt(np.pad(vessel, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
-    points, radii = voxels * np.array(spacing_mm, float), wall[tuple(voxels.T)]
-    pairs = cKDTree(voxels).query_pairs(1.8, output_type="ndarray")
-    lengths = np.linalg.norm(points[pairs[:, 0]] - points[pairs[:, 1]], axis=1)
-    forest = minimum_spanning_tree(coo_matrix((lengths, pairs.T), (len(voxels),) * 2)).tocoo()
-    edges = np.stack([forest.row, forest.col], 1).astype(np.intp)
-    degree = np.bincount(edges.ravel(), minlength=len(points))
-    for _ in range(_SMOOTHING_PASSES):
-        sums = np.concatenate([points, radii[:, None]], 1)
-        for here, there in (edges.T, edges.T[::-1]):
-            np.add.at(sums, here, np.concatenate([points, radii[:, None]], 1)[there])
-        means = sums / (degree + 1)[:, None]
-        points = np.where(degree[:, None] > 1, means[:, :3], points)
-        radii = means[:, 3]
-    return VesselTree(points, radii, edges)
+        raise ValueError("target must not be empty: there is nothing that the vessels could touch; check its label.")
+    distance, nearest = cKDTree(voxels).query(tree.points_mm)
+    number = tree.trees()
+    ends = np.array([np.flatnonzero(number == k)[distance[number == k].argmin()] for k in range(number.max() + 1)])
+    roots = np.arange(len(ends)) + len(tree.points_mm)
+    return VesselTree(
+        np.concatenate([tree.points_mm, voxels[nearest[ends]]]),
+        np.concatenate([tree.radii_mm, tree.radii_mm[ends]]),
+        np.concatenate([tree.edges, np.stack([ends, roots], 1)]),
+        roots,
+    )
 
 
 def carry(tree: VesselTree, mapping: Callable[[Points], Points]) -> VesselTree:
     """Moves a tree: `mapping` takes positions (N, 3) in mm to where they go. Radii and links stay."""
     return replace(tree, points_mm=mapping(tree.points_mm))
+
+
+def _branches(tree: VesselTree) -> list[NDArray[np.intp]]:
+    """Points of each end branch, from its end to just before the fork; never a branch that holds a root."""
+    degrees = tree.degrees()
+    neighbours: list[list[int]] = [[] for _ in degrees]
+    for a, b in tree.edges.tolist():
+        neighbours[a].append(b)
+        neighbours[b].append(a)
+    branches = []
+    for end in np.flatnonzero(degrees == 1):
+        path, previous, here = [], -1, int(end)
+        while degrees[here] <= 2:
+            path.append(here)
+            onward = [n for n in neighbours[here] if n != previous]
+            if not onward:
+                break
+            previous, here = here, onward[0]
+        if degrees[here] > 2 and not np.isin(path, tree.roots).any():
+            branches.append(np.array(path, np.intp))
+    return branches
+
+
+def prune(
+    tree: VesselTree, *, probability: float, max_length_mm: float, rng: np.random.Generator
+) -> tuple[VesselTree, int]:
+    """Takes end branches off at random; what is left is a forest of as many trees.
+
+    Args:
+        tree: with roots, so that no tree loses its attachment.
+        probability: of each end branch to go, 0 to 1.
+        max_length_mm: longer branches stay.
+        rng: the only source of randomness; one draw for each end branch.
+
+    Returns:
+        The tree, and how many branches went.
+
+    Raises:
+        ValueError: if the probability is out of range or the length negative.
+    """
+    if not 0 <= probability <= 1 or max_length_mm < 0:
+        raise ValueError(
+            f"probability must be 0 to 1 and max_length_mm not negative, got {probability} and {max_length_mm}."
+        )
+    gone = np.zeros(len(tree.points_mm), bool)
+    count = 0
+    forks: set[int] = set()  # a fork loses one branch at most: losing all would turn it into an end
+    for branch in _branches(tree):
+        steps = np.linalg.norm(np.diff(tree.points_mm[branch], axis=0), axis=1)
+        links = tree.edges[(tree.edges == branch[-1]).any(1)]
+        fork = int(next(p for p in links.ravel() if p not in branch))
+        if rng.random() < probability and steps.sum() <= max_length_mm and fork not in forks:
+            gone[branch] = True
+            forks.add(fork)
+            count += 1
+    new = np.cumsum(~gone) - 1
+    edges = tree.edges[~gone[tree.edges].any(1)]
+    return VesselTree(tree.points_mm[~gone], tree.radii_mm[~gone], new[edges], new[tree.roots]), count
 
 
 def draw(tree: VesselTree, shape: Sequence[int], spacing_mm: Sequence[float]) -> BoolArray:
@@ -122,23 +249,3 @@ def _draw_line(mask: BoolArray, start: Points, end: Points) -> None:
     voxels = np.concatenate([path, *corners])
     voxels = voxels[((voxels >= 0) & (voxels < mask.shape)).all(1)]
     mask[tuple(voxels.T)] = True
-
-
-def fit_radii(tree: VesselTree, volume_mm3: float, shape: Sequence[int], spacing_mm: Sequence[float]) -> VesselTree:
-    """Adds one length to all radii so that the drawn tree has a given volume, by bisection.
-
-    The distance to the wall, read at voxel centres, is off by up to a voxel, always in the same direction.
-
-    Args:
-        tree: to be drawn on the grid `shape` of `spacing_mm`.
-        volume_mm3: wanted; out of reach of 2 voxels more or fewer, the nearest radius in reach is taken.
-
-    Returns:
-        The tree with its new radii, none below 0.
-    """
-    low, high = -2 * max(spacing_mm), 2 * max(spacing_mm)
-    for _ in range(_FIT_STEPS):
-        middle = (low + high) / 2
-        drawn = draw(replace(tree, radii_mm=np.maximum(tree.radii_mm + middle, 0)), shape, spacing_mm)
-        low, high = (middle, high) if drawn.sum() * np.prod(spacing_mm) < volume_mm3 else (low, middle)
-    return replace(tree, radii_mm=np.maximum(tree.radii_mm + (low + high) / 2, 0))

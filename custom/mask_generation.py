@@ -1,0 +1,380 @@
+"""Layer 1: the mask generation module (MGM), new label maps that keep the topology of a reference. Ours.
+
+A reference is deformed by a diffeomorphism: its walls as signed distances, its vessels as centre lines that are drawn
+again. What comes out is compared with the reference by `custom.acceptance`; what breaks a rule is drawn anew, milder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from custom.acceptance import Anatomy, Rules, mean_dice, measure_anatomy, violations
+from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, random_velocity, sample
+from custom.mask_preparation import LabelMap, Structure, regrown, signed_distance
+from custom.registration import align_label_map, velocity_of_weights, velocity_weights
+from custom.shape_model import carry_points, confine, mixture_coefficients
+from custom.thinning import grow
+from custom.topology import BoolArray, betti_numbers, bounding_box, fill_cavities, largest_components
+from custom.vessels import VesselTree, anchored, carry, draw, prune, read_tree, tree_length_mm
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Edits", "Generated", "MaskGenerator", "Motion", "Neighbour", "Reference", "register_neighbour"]
+
+_REACH_MM = 12.0  # signed distances are exact so far from a label, and at least this farther away
+_REPAIR_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How far new anatomies are moved.
+
+    Attributes:
+        coarse_mm, coarse_sigma_mm: RMS length and correlation length of the larger random field.
+        fine_mm, fine_sigma_mm: of the finer one.
+        mixture_scale: factor of the registrations to other references; 0 leaves them out.
+        margin_mm: from here on, motion fades towards the faces of the grid (`custom.shape_model.confine`).
+        shrink: factor of all motion after each rejection.
+        retries: how often a rejected mask is drawn anew.
+    """
+
+    coarse_mm: float = 8.0
+    coarse_sigma_mm: float = 30.0
+    fine_mm: float = 2.0
+    fine_sigma_mm: float = 12.0
+    mixture_scale: float = 1.0
+    margin_mm: float = 20.0
+    shrink: float = 0.75
+    retries: int = 6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shrink <= 1 or self.retries < 0:
+            raise ValueError(f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}.")
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Random changes of vessel trees; the defaults change nothing.
+
+    Attributes:
+        prune_probability, prune_max_length_mm: see `custom.vessels.prune`.
+        radius_range: lowest and highest factor of all radii of a label's vessels, drawn once a mask.
+    """
+
+    prune_probability: float = 0.0
+    prune_max_length_mm: float = 40.0
+    radius_range: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another reference as seen from a source.
+
+    Attributes:
+        label_map: (H, W, D), aligned with the source by position and extent, on its grid.
+        weights: (3, nodes) of the velocity that takes the source onto it.
+    """
+
+    label_map: LabelMap
+    weights: torch.Tensor
+
+
+def _tensor(label_map: LabelMap) -> torch.Tensor:
+    return torch.from_numpy(label_map.astype(np.int64))[None, None]
+
+
+def _walls(structures: Mapping[int, Structure]) -> list[int]:
+    return [k for k, s in structures.items() if not s.tubular]
+
+
+def register_neighbour(
+    source: LabelMap, other: LabelMap, structures: Mapping[int, Structure], spacing_mm: Sequence[float]
+) -> Neighbour:
+    """Aligns another reference with a source and registers the source to it; both (H, W, D) of one spacing.
+
+    Raises:
+        ValueError: when they share no label that is not tubular.
+    """
+    labels = _walls(structures)
+    aligned = align_label_map(_tensor(other), _tensor(source), labels=labels)
+    weights = velocity_weights(_tensor(source), aligned, labels=labels, spacing_mm=spacing_mm)
+    return Neighbour(aligned[0, 0].numpy().astype(np.uint8), weights[0])
+
+
+class Reference:
+    """A prepared label map, ready to be deformed again and again.
+
+    Args:
+        label_map: (H, W, D), prepared: what it holds of `structures` is the topology that every new mask keeps.
+        structures: what each label is meant to be.
+        spacing_mm: voxel size along each axis, mm.
+
+    Raises:
+        ValueError: when a tubular label is no forest (it has handles or cavities).
+    """
+
+    def __init__(
+        self, label_map: LabelMap, structures: Mapping[int, Structure], *, spacing_mm: Sequence[float]
+    ) -> None:
+        self.label_map, self.spacing_mm = label_map, [float(s) for s in spacing_mm]
+        self.structures = {k: s for k, s in structures.items() if (label_map == k).any()}
+        self.anatomy: Anatomy = measure_anatomy(label_map, self.structures, self.spacing_mm)
+        self.vessels = [k for k, s in self.structures.items() if s.tubular]
+        self.walls = _walls(self.structures)
+        for k in self.vessels:
+            if self.anatomy.betti[k][1:] != (0, 0):
+                raise ValueError(
+                    f"label {k} ({structures[k].name}) has Betti numbers {self.anatomy.betti[k]}; a vessel is drawn as a "
+                    "tree without handles or cavities: prepare it with max_handles=0 and keep=false."
+                )
+        self.trees = {k: self._tree(k) for k in self.vessels}
+        filled = _without(label_map, np.isin(label_map, self.vessels))
+        self.distances = torch.stack([_distance_near(filled == k, self.spacing_mm) for k in [0, *self.walls]])[None]
+
+    def _tree(self, k: int) -> VesselTree:
+        tree = read_tree(self.label_map == k, self.spacing_mm)
+        targets = [other for other in self.structures[k].touches if (self.label_map == other).any()]
+        if targets:
+            return anchored(tree, np.isin(self.label_map, targets), self.spacing_mm)
+        number = tree.trees()
+        widest = [np.flatnonzero(number == t)[tree.radii_mm[number == t].argmax()] for t in range(number.max() + 1)]
+        return VesselTree(tree.points_mm, tree.radii_mm, tree.edges, np.array(widest, np.intp))
+
+
+def _without(label_map: LabelMap, removed: BoolArray) -> LabelMap:
+    """Fills voxels by the nearest label (or background) that stays."""
+    filled = label_map.copy()
+    if removed.any() and not removed.all():
+        box = tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in bounding_box(removed))
+        nearest = ndimage.distance_transform_edt(removed[box], return_distances=False, return_indices=True)
+        filled[box] = label_map[box][tuple(nearest)]
+    return filled
+
+
+def _distance_near(mask: BoolArray, spacing_mm: Sequence[float]) -> torch.Tensor:
+    """Signed distance in mm, exact near the mask; beyond `_REACH_MM` of its bounding box a lower bound of it."""
+    margins = [int(np.ceil(_REACH_MM / s)) for s in spacing_mm]
+    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(bounding_box(mask), margins, strict=True))
+    distance = np.full(mask.shape, _REACH_MM, np.float32)
+    distance[box] = signed_distance(mask[box], spacing_mm)
+    return torch.from_numpy(distance)
+
+
+@dataclass
+class Generated:
+    """An accepted label map.
+
+    Attributes:
+        label_map: (H, W, D) uint8.
+        displacement: (1, 3, H, W, D) voxels; `warp(image, displacement)` deforms the source's image alike.
+        record: what was drawn and measured, ready for JSON.
+    """
+
+    label_map: LabelMap
+    displacement: torch.Tensor
+    record: dict[str, Any]
+
+
+@dataclass
+class _Candidate:
+    label_map: LabelMap
+    repaired: dict[int, float] = field(default_factory=dict)
+    vessels: dict[int, dict[str, float]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+def _trees_volume_mm3(tree: VesselTree) -> float:
+    """Volume of the truncated cones of all links."""
+    a, b = tree.edges.T
+    length = np.linalg.norm(tree.points_mm[a] - tree.points_mm[b], axis=1)
+    r0, r1 = tree.radii_mm[a], tree.radii_mm[b]
+    return float((np.pi / 3 * length * (r0**2 + r0 * r1 + r1**2)).sum())
+
+
+class MaskGenerator:
+    """Draws new label maps from one reference, and its neighbours where there are any.
+
+    Args:
+        reference: the source.
+        neighbours: other references; none, one or more (see `custom.shape_model.mixture_coefficients`).
+        motion: how far to move.
+        edits: changes of the vessels.
+        rules: what to accept.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        neighbours: Sequence[Neighbour] = (),
+        *,
+        motion: Motion = Motion(),
+        edits: Edits = Edits(),
+        rules: Rules = Rules(),
+    ) -> None:
+        self.reference, self.neighbours = reference, list(neighbours)
+        self.motion, self.edits, self.rules = motion, edits, rules
+
+    def __call__(self, seed: Sequence[int]) -> Generated:
+        """Draws until a label map is accepted.
+
+        Args:
+            seed: whole numbers that alone determine the result, for example (seed of the run, index of the mask).
+
+        Raises:
+            RuntimeError: when no draw was accepted; says which rule each broke and what to relax.
+        """
+        attempts: list[dict[str, Any]] = []
+        for attempt in range(self.motion.retries + 1):
+            state = np.random.SeedSequence((*seed, attempt)).generate_state(2)
+            generator = torch.Generator().manual_seed(int(state[0]))
+            scale = self.motion.shrink**attempt
+            velocity, drawn = self.draw_velocity(generator, scale)
+            displacement = exponentiate(velocity)
+            candidate = self._deform(velocity, displacement, np.random.default_rng(int(state[1])))
+            broken, measured = self._judge(candidate, displacement)
+            attempts.append({"scale": scale, "rejected": broken})
+            if not broken:
+                record = {"seed": list(seed), **drawn, **measured, "retries": attempt, "attempts": attempts}
+                return Generated(candidate.label_map, displacement, record)
+            logger.info("mask %s, scale %.2f rejected: %s", tuple(seed), scale, "; ".join(broken))
+        reasons = "; ".join(f"scale {a['scale']:.2f}: {', '.join(a['rejected'])}" for a in attempts)
+        raise RuntimeError(
+            f"no mask accepted for seed {tuple(seed)} after {len(attempts)} draws ({reasons}); lower the amplitudes of "
+            "`motion`, allow more retries, or relax the rule that is named most often in `rules`"
+        )
+
+    def draw_velocity(self, generator: torch.Generator, scale: float = 1.0) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Draws a velocity (1, 3, H, W, D) in voxels and what it was drawn from; all of it is multiplied by `scale`."""
+        motion, reference = self.motion, self.reference
+        shape, spacing = reference.label_map.shape, reference.spacing_mm
+        velocity = torch.zeros(1, 3, *shape)
+        for amplitude, sigma in (
+            (motion.coarse_mm, motion.coarse_sigma_mm),
+            (motion.fine_mm, motion.fine_sigma_mm),
+        ):
+            velocity += random_velocity(
+                shape, spacing_mm=spacing, sigma_mm=sigma, amplitude_mm=amplitude, generator=generator
+            )
+        drawn: dict[str, Any] = {"scale": scale, "coefficients": [], "z": []}
+        if self.neighbours and motion.mixture_scale > 0:
+            weights = torch.stack([neighbour.weights for neighbour in self.neighbours])
+            coefficients, z = mixture_coefficients(weights, generator)
+            mixture = motion.mixture_scale * torch.einsum("n,n...->...", coefficients, weights)[None]
+            velocity += velocity_of_weights(mixture, shape, spacing)
+            drawn |= {"coefficients": coefficients.tolist(), "z": z.tolist()}
+        return confine(scale * velocity, spacing_mm=spacing, margin_mm=motion.margin_mm), drawn
+
+    def warp_walls(self, displacement: torch.Tensor) -> LabelMap:
+        """Walls alone, by their signed distances: the nearest one wins."""
+        where = identity_coordinates(displacement.shape[2:]) + displacement
+        winner = sample(self.reference.distances, where)[0].argmin(0).numpy()
+        return np.array([0, *self.reference.walls], np.uint8)[winner]
+
+    def _deform(self, velocity: torch.Tensor, displacement: torch.Tensor, rng: np.random.Generator) -> _Candidate:
+        candidate = _Candidate(self.warp_walls(displacement))
+        for k in self.reference.vessels:
+            vessel = self._redraw(k, velocity, rng, candidate)
+            candidate.label_map[vessel] = k
+        self._repair(candidate)
+        return candidate
+
+    def _redraw(
+        self, k: int, velocity: torch.Tensor, rng: np.random.Generator, candidate: _Candidate
+    ) -> BoolArray:
+        """One vessel label drawn along its carried centre lines, grown from the roots so that it stays a forest."""
+        reference, edits = self.reference, self.edits
+        spacing = np.array(reference.spacing_mm)
+        tree = carry(
+            reference.trees[k],
+            lambda mm: carry_points(torch.from_numpy(mm / spacing).float(), velocity).double().numpy() * spacing,
+        )
+        tree, pruned = prune(
+            tree, probability=edits.prune_probability, max_length_mm=edits.prune_max_length_mm, rng=rng
+        )
+        factor = rng.uniform(*edits.radius_range)
+        tree = VesselTree(tree.points_mm, tree.radii_mm * factor, tree.edges, tree.roots)
+        drawn = draw(tree, reference.label_map.shape, reference.spacing_mm)
+        seeds = np.zeros_like(drawn)
+        last = np.array(drawn.shape) - 1
+        seeds[tuple(np.clip(np.rint(tree.points_mm[tree.roots] / spacing).astype(int), 0, last).T)] = True
+        vessel = grow(seeds, drawn)
+        expected = _trees_volume_mm3(tree)
+        candidate.repaired[k] = 1 - vessel.sum() / max(drawn.sum(), 1)
+        candidate.vessels[k] = {
+            "length_mm": tree_length_mm(tree),
+            "volume_ratio": float(vessel.sum() * spacing.prod() / expected),
+            "radius_factor": float(factor),
+            "pruned_branches": pruned,
+        }
+        candidate.broken += _severed(k, vessel, tree, spacing)
+        return vessel
+
+    def _repair(self, candidate: _Candidate) -> None:
+        """Brings walls back to their source's Betti numbers where voxels spoil them: specks, pinholes, thin bridges."""
+        label_map, wanted = candidate.label_map, self.reference.anatomy.betti
+        before = {k: label_map == k for k in self.reference.walls}
+        for _ in range(_REPAIR_PASSES):
+            wrong = [k for k in self.reference.walls if betti_numbers(label_map == k) != wanted[k]]
+            for k in wrong:
+                mask = label_map == k
+                kept = largest_components(mask, wanted[k][0])
+                label_map[:] = _without(label_map, mask & ~kept)
+                kept = fill_cavities(kept) & ((label_map == k) | (label_map == 0))
+                if betti_numbers(kept)[1] > wanted[k][1]:
+                    label_map[kept] = 0
+                    kept = regrown(kept, self.reference.spacing_mm)
+                label_map[kept] = k
+            if not wrong:
+                break
+        for k, mask in before.items():
+            changed = float((mask ^ (label_map == k)).sum() / max(mask.sum(), 1))
+            if changed:
+                candidate.repaired[k] = changed
+
+    def _judge(self, candidate: _Candidate, displacement: torch.Tensor) -> tuple[list[str], dict[str, Any]]:
+        """Broken rules and the measures for the record."""
+        reference, new = self.reference, candidate.label_map
+        anatomy = measure_anatomy(new, reference.structures, reference.spacing_mm)
+        others = [reference.label_map, *(neighbour.label_map for neighbour in self.neighbours)]
+        dices = [mean_dice(new, other, reference.walls) for other in others]
+        det = float(jacobian_determinant(displacement).min())
+        measured = {
+            "det_jacobian": det,
+            "dice": max(dices),
+            "repaired": candidate.repaired,
+            "vessel_volume_ratio": {k: v["volume_ratio"] for k, v in candidate.vessels.items()},
+        }
+        broken = violations(anatomy, reference.anatomy, reference.structures, self.rules, measured)
+        record = {
+            "min_det_jacobian": det,
+            "dice_to_references": dices,
+            "betti": {str(k): list(v) for k, v in anatomy.betti.items()},
+            "volume_ml": {str(k): v / 1000 for k, v in anatomy.volume_mm3.items()},
+            "wall_thickness_mm": {str(k): v for k, v in anatomy.thickness_mm.items()},
+            "vessels": {str(k): v for k, v in candidate.vessels.items()},
+            "repaired": {str(k): v for k, v in candidate.repaired.items()},
+        }
+        return candidate.broken + broken, record
+
+
+def _severed(k: int, vessel: BoolArray, tree: VesselTree, spacing: NDArray[np.float64]) -> list[str]:
+    """Trees whose points do not all lie in the piece of their root, at most one point in fifty apart."""
+    pieces = ndimage.label(vessel, np.ones((3, 3, 3)))[0]
+    last = np.array(vessel.shape) - 1
+    piece = pieces[tuple(np.clip(np.rint(tree.points_mm / spacing).astype(int), 0, last).T)]
+    number = tree.trees()
+    roots = tree.roots[np.argsort(number[tree.roots])]
+    lost = [float((piece[number == t] != piece[root]).mean()) for t, root in enumerate(roots)]
+    return [
+        f"severed: {share:.2f} of tree {t} of label {k} are cut off where it meets itself or another tree"
+        for t, share in enumerate(lost)
+        if share > 0.02
+    ]
