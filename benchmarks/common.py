@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -50,11 +48,3 @@ def trained_renderer(ckpt_dir: str, **overrides: Any) -> ConfigParser:
     LoadWeights(network, str(Path(ckpt_dir) / "model.pt"))(None)
     network.eval()
     return parser
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

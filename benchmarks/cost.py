@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import fire
 import torch
-from common import RESULTS, machine, write_json
+from common import RESULTS, machine
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
+from custom.records import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import PICTURES, RESULTS, machine, trained_renderer, write_json
+from common import PICTURES, RESULTS, machine, trained_renderer
 from scipy import ndimage
 
 from custom.deformation import exponentiate, random_velocity, warp_labels
 from custom.metrics import texture_correlation
 from custom.pictures import save_sheet
+from custom.records import write_json
 from custom.template import label_statistics, noise_sd
 
 CUBE = np.ones((3, 3, 3), dtype=bool)

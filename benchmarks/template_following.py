@@ -15,10 +15,11 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from common import PICTURES, RESULTS, machine, trained_renderer, write_json
+from common import PICTURES, RESULTS, machine, trained_renderer
 
 from custom.phantom import make_subject
 from custom.pictures import save_sheet
+from custom.records import write_json
 from custom.template import label_statistics
 from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
 

@@ -18,7 +18,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from common import RESULTS, ROOT, TRAIN_CONFIG, machine, write_json
+from common import RESULTS, ROOT, TRAIN_CONFIG, machine
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
@@ -27,6 +27,7 @@ from custom.metrics import MEASURES, texture_correlation
 from custom.pairs import RandTemplatePaird
 from custom.phantom import make_subject
 from custom.pictures import save_sheet
+from custom.records import write_json
 from custom.schedulers import ListedDDIMScheduler
 from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
 

@@ -38,7 +38,7 @@ class Rules:
     wall_thickness_ratio: tuple[float, float] | None = (0.6, 1.6)
     max_dice: float | None = 0.98
     min_contact_mm2: float | None = 50.0
-    max_repaired: float | None = 0.01
+    max_repaired: float | None = 0.02
 
     @classmethod
     def from_config(cls, rules: Mapping[str, Any]) -> Rules:
@@ -54,7 +54,8 @@ class Rules:
         for name, value in rules.items():
             if name.endswith("_ratio") and value is not None and (len(value) != 2 or not 0 <= value[0] < value[1]):
                 raise ValueError(f"rules: {name} must be [lowest, highest] or null, got {value}")
-        return cls(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in rules.items()})
+        limits: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in rules.items()}
+        return cls(**limits)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ def violations(
     for k, others in new.loose.items():
         for other, pieces in others.items():
             if pieces:
-                broken.append(f"touches: {pieces} pieces of label {k} ({structures[k].name}) do not touch label {other}")
+                broken.append(
+                    f"touches: {pieces} pieces of label {k} ({structures[k].name}) do not touch label {other}"
+                )
     if rules.min_det_jacobian is not None and measured["det_jacobian"] < rules.min_det_jacobian:
         broken.append(f"min_det_jacobian: {measured['det_jacobian']:.3f}, at least {rules.min_det_jacobian}")
     if rules.max_dice is not None and measured["dice"] > rules.max_dice:
@@ -164,7 +167,9 @@ def violations(
                 broken.append(f"{name}: label {k} ({structures[k].name}) has {value:.2f}, allowed {list(limits)}")
     for k, share in measured["repaired"].items():
         if rules.max_repaired is not None and share > rules.max_repaired:
-            broken.append(f"max_repaired: {share:.4f} of label {k} ({structures[k].name}), at most {rules.max_repaired}")
+            broken.append(
+                f"max_repaired: {share:.4f} of label {k} ({structures[k].name}), at most {rules.max_repaired}"
+            )
     return broken + _changed_contacts(new, source, structures, rules.min_contact_mm2)
 
 

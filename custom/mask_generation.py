@@ -7,7 +7,7 @@ again. What comes out is compared with the reference by `custom.acceptance`; wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +16,20 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from custom.acceptance import Anatomy, Rules, mean_dice, measure_anatomy, violations
+from custom.acceptance import Rules, mean_dice, measure_anatomy, violations
 from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, random_velocity, sample
-from custom.mask_preparation import LabelMap, Structure, regrown, signed_distance
-from custom.registration import align_label_map, velocity_of_weights, velocity_weights
+from custom.mask_preparation import LabelMap, without_handles
+from custom.mask_reference import Neighbour, Reference, fill_nearest
+from custom.registration import velocity_of_weights
 from custom.shape_model import carry_points, confine, mixture_coefficients
 from custom.thinning import grow
-from custom.topology import BoolArray, betti_numbers, bounding_box, fill_cavities, largest_components
-from custom.vessels import VesselTree, anchored, carry, draw, prune, read_tree, tree_length_mm
+from custom.topology import BoolArray, betti_numbers, fill_cavities, largest_components
+from custom.vessels import VesselTree, carry, draw, prune, tree_length_mm, tree_volume_mm3
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Edits", "Generated", "MaskGenerator", "Motion", "Neighbour", "Reference", "register_neighbour"]
+__all__ = ["Edits", "Generated", "MaskGenerator", "Motion"]
 
-_REACH_MM = 12.0  # signed distances are exact so far from a label, and at least this farther away
 _REPAIR_PASSES = 3
 
 
@@ -57,7 +57,9 @@ class Motion:
 
     def __post_init__(self) -> None:
         if not 0 < self.shrink <= 1 or self.retries < 0:
-            raise ValueError(f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}.")
+            raise ValueError(
+                f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}."
+            )
 
 
 @dataclass(frozen=True)
@@ -72,100 +74,6 @@ class Edits:
     prune_probability: float = 0.0
     prune_max_length_mm: float = 40.0
     radius_range: tuple[float, float] = (1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """Another reference as seen from a source.
-
-    Attributes:
-        label_map: (H, W, D), aligned with the source by position and extent, on its grid.
-        weights: (3, nodes) of the velocity that takes the source onto it.
-    """
-
-    label_map: LabelMap
-    weights: torch.Tensor
-
-
-def _tensor(label_map: LabelMap) -> torch.Tensor:
-    return torch.from_numpy(label_map.astype(np.int64))[None, None]
-
-
-def _walls(structures: Mapping[int, Structure]) -> list[int]:
-    return [k for k, s in structures.items() if not s.tubular]
-
-
-def register_neighbour(
-    source: LabelMap, other: LabelMap, structures: Mapping[int, Structure], spacing_mm: Sequence[float]
-) -> Neighbour:
-    """Aligns another reference with a source and registers the source to it; both (H, W, D) of one spacing.
-
-    Raises:
-        ValueError: when they share no label that is not tubular.
-    """
-    labels = _walls(structures)
-    aligned = align_label_map(_tensor(other), _tensor(source), labels=labels)
-    weights = velocity_weights(_tensor(source), aligned, labels=labels, spacing_mm=spacing_mm)
-    return Neighbour(aligned[0, 0].numpy().astype(np.uint8), weights[0])
-
-
-class Reference:
-    """A prepared label map, ready to be deformed again and again.
-
-    Args:
-        label_map: (H, W, D), prepared: what it holds of `structures` is the topology that every new mask keeps.
-        structures: what each label is meant to be.
-        spacing_mm: voxel size along each axis, mm.
-
-    Raises:
-        ValueError: when a tubular label is no forest (it has handles or cavities).
-    """
-
-    def __init__(
-        self, label_map: LabelMap, structures: Mapping[int, Structure], *, spacing_mm: Sequence[float]
-    ) -> None:
-        self.label_map, self.spacing_mm = label_map, [float(s) for s in spacing_mm]
-        self.structures = {k: s for k, s in structures.items() if (label_map == k).any()}
-        self.anatomy: Anatomy = measure_anatomy(label_map, self.structures, self.spacing_mm)
-        self.vessels = [k for k, s in self.structures.items() if s.tubular]
-        self.walls = _walls(self.structures)
-        for k in self.vessels:
-            if self.anatomy.betti[k][1:] != (0, 0):
-                raise ValueError(
-                    f"label {k} ({structures[k].name}) has Betti numbers {self.anatomy.betti[k]}; a vessel is drawn as a "
-                    "tree without handles or cavities: prepare it with max_handles=0 and keep=false."
-                )
-        self.trees = {k: self._tree(k) for k in self.vessels}
-        filled = _without(label_map, np.isin(label_map, self.vessels))
-        self.distances = torch.stack([_distance_near(filled == k, self.spacing_mm) for k in [0, *self.walls]])[None]
-
-    def _tree(self, k: int) -> VesselTree:
-        tree = read_tree(self.label_map == k, self.spacing_mm)
-        targets = [other for other in self.structures[k].touches if (self.label_map == other).any()]
-        if targets:
-            return anchored(tree, np.isin(self.label_map, targets), self.spacing_mm)
-        number = tree.trees()
-        widest = [np.flatnonzero(number == t)[tree.radii_mm[number == t].argmax()] for t in range(number.max() + 1)]
-        return VesselTree(tree.points_mm, tree.radii_mm, tree.edges, np.array(widest, np.intp))
-
-
-def _without(label_map: LabelMap, removed: BoolArray) -> LabelMap:
-    """Fills voxels by the nearest label (or background) that stays."""
-    filled = label_map.copy()
-    if removed.any() and not removed.all():
-        box = tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in bounding_box(removed))
-        nearest = ndimage.distance_transform_edt(removed[box], return_distances=False, return_indices=True)
-        filled[box] = label_map[box][tuple(nearest)]
-    return filled
-
-
-def _distance_near(mask: BoolArray, spacing_mm: Sequence[float]) -> torch.Tensor:
-    """Signed distance in mm, exact near the mask; beyond `_REACH_MM` of its bounding box a lower bound of it."""
-    margins = [int(np.ceil(_REACH_MM / s)) for s in spacing_mm]
-    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(bounding_box(mask), margins, strict=True))
-    distance = np.full(mask.shape, _REACH_MM, np.float32)
-    distance[box] = signed_distance(mask[box], spacing_mm)
-    return torch.from_numpy(distance)
 
 
 @dataclass
@@ -191,23 +99,13 @@ class _Candidate:
     broken: list[str] = field(default_factory=list)
 
 
-def _trees_volume_mm3(tree: VesselTree) -> float:
-    """Volume of the truncated cones of all links."""
-    a, b = tree.edges.T
-    length = np.linalg.norm(tree.points_mm[a] - tree.points_mm[b], axis=1)
-    r0, r1 = tree.radii_mm[a], tree.radii_mm[b]
-    return float((np.pi / 3 * length * (r0**2 + r0 * r1 + r1**2)).sum())
-
-
 class MaskGenerator:
     """Draws new label maps from one reference, and its neighbours where there are any.
 
     Args:
         reference: the source.
         neighbours: other references; none, one or more (see `custom.shape_model.mixture_coefficients`).
-        motion: how far to move.
-        edits: changes of the vessels.
-        rules: what to accept.
+        motion, edits, rules: how far to move, how to change vessels, what to accept; None takes the defaults.
     """
 
     def __init__(
@@ -215,12 +113,12 @@ class MaskGenerator:
         reference: Reference,
         neighbours: Sequence[Neighbour] = (),
         *,
-        motion: Motion = Motion(),
-        edits: Edits = Edits(),
-        rules: Rules = Rules(),
+        motion: Motion | None = None,
+        edits: Edits | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.reference, self.neighbours = reference, list(neighbours)
-        self.motion, self.edits, self.rules = motion, edits, rules
+        self.motion, self.edits, self.rules = motion or Motion(), edits or Edits(), rules or Rules()
 
     def __call__(self, seed: Sequence[int]) -> Generated:
         """Draws until a label map is accepted.
@@ -233,28 +131,33 @@ class MaskGenerator:
         """
         attempts: list[dict[str, Any]] = []
         for attempt in range(self.motion.retries + 1):
-            state = np.random.SeedSequence((*seed, attempt)).generate_state(2)
-            generator = torch.Generator().manual_seed(int(state[0]))
-            scale = self.motion.shrink**attempt
-            velocity, drawn = self.draw_velocity(generator, scale)
+            velocity, drawn = self.draw_velocity(seed, attempt)
             displacement = exponentiate(velocity)
-            candidate = self._deform(velocity, displacement, np.random.default_rng(int(state[1])))
+            candidate = self._deform(velocity, displacement, np.random.default_rng((*seed, attempt, 1)))
             broken, measured = self._judge(candidate, displacement)
-            attempts.append({"scale": scale, "rejected": broken})
+            attempts.append({"scale": drawn["scale"], "rejected": broken})
             if not broken:
                 record = {"seed": list(seed), **drawn, **measured, "retries": attempt, "attempts": attempts}
                 return Generated(candidate.label_map, displacement, record)
-            logger.info("mask %s, scale %.2f rejected: %s", tuple(seed), scale, "; ".join(broken))
+            logger.info("mask %s, scale %.2f rejected: %s", tuple(seed), drawn["scale"], "; ".join(broken))
         reasons = "; ".join(f"scale {a['scale']:.2f}: {', '.join(a['rejected'])}" for a in attempts)
         raise RuntimeError(
             f"no mask accepted for seed {tuple(seed)} after {len(attempts)} draws ({reasons}); lower the amplitudes of "
             "`motion`, allow more retries, or relax the rule that is named most often in `rules`"
         )
 
-    def draw_velocity(self, generator: torch.Generator, scale: float = 1.0) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Draws a velocity (1, 3, H, W, D) in voxels and what it was drawn from; all of it is multiplied by `scale`."""
+    def draw_velocity(self, seed: Sequence[int], attempt: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Draws the velocity of one attempt.
+
+        Returns:
+            (1, 3, H, W, D) in voxels, and what it was drawn from: "scale" of all motion, "coefficients" of the
+            registrations and "z" (see `mixture_coefficients`).
+        """
         motion, reference = self.motion, self.reference
         shape, spacing = reference.label_map.shape, reference.spacing_mm
+        state = np.random.SeedSequence((*seed, attempt)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        scale = motion.shrink**attempt
         velocity = torch.zeros(1, 3, *shape)
         for amplitude, sigma in (
             (motion.coarse_mm, motion.coarse_sigma_mm),
@@ -286,9 +189,7 @@ class MaskGenerator:
         self._repair(candidate)
         return candidate
 
-    def _redraw(
-        self, k: int, velocity: torch.Tensor, rng: np.random.Generator, candidate: _Candidate
-    ) -> BoolArray:
+    def _redraw(self, k: int, velocity: torch.Tensor, rng: np.random.Generator, candidate: _Candidate) -> BoolArray:
         """One vessel label drawn along its carried centre lines, grown from the roots so that it stays a forest."""
         reference, edits = self.reference, self.edits
         spacing = np.array(reference.spacing_mm)
@@ -306,7 +207,7 @@ class MaskGenerator:
         last = np.array(drawn.shape) - 1
         seeds[tuple(np.clip(np.rint(tree.points_mm[tree.roots] / spacing).astype(int), 0, last).T)] = True
         vessel = grow(seeds, drawn)
-        expected = _trees_volume_mm3(tree)
+        expected = tree_volume_mm3(tree)
         candidate.repaired[k] = 1 - vessel.sum() / max(drawn.sum(), 1)
         candidate.vessels[k] = {
             "length_mm": tree_length_mm(tree),
@@ -326,12 +227,10 @@ class MaskGenerator:
             for k in wrong:
                 mask = label_map == k
                 kept = largest_components(mask, wanted[k][0])
-                label_map[:] = _without(label_map, mask & ~kept)
+                label_map[:] = fill_nearest(label_map, mask & ~kept)
                 kept = fill_cavities(kept) & ((label_map == k) | (label_map == 0))
-                if betti_numbers(kept)[1] > wanted[k][1]:
-                    label_map[kept] = 0
-                    kept = regrown(kept, self.reference.spacing_mm)
-                label_map[kept] = k
+                label_map[label_map == k] = 0
+                label_map[without_handles(kept, label_map == 0, self.reference.spacing_mm, wanted[k][1])] = k
             if not wrong:
                 break
         for k, mask in before.items():

@@ -1,8 +1,9 @@
 """Layer 1: label maps brought to an intended topology, the ground of every generated mask. Ours.
 
 Real label maps carry voxel noise: specks, pinholes, thin bridges. Signed distances are smoothed, the largest components
-kept, cavities filled, and where more handles are left than intended the structure is grown again from its deepest
-voxels, which leaves a cut one voxel thin through each handle. Vessels are not smoothed: a millimetre would erase them.
+kept, cavities filled, and where more handles are left than intended narrow tunnels are filled, too; what remains is
+grown again from its deepest voxels, which leaves a cut one voxel thin through each handle. Vessels are not smoothed: a
+millimetre would erase them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from custom.topology import BoolArray, betti_numbers, components_touching, fill_
 __all__ = ["Structure", "prepare_label_map"]
 
 LabelMap = NDArray[np.uint8]
+_MAX_TUNNEL_MM2 = 40.0  # of a slice: trabeculae and pinholes, not a ring of vessels
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,47 @@ def smooth_label_map(
     return smooth
 
 
-def regrown(mask: BoolArray, spacing_mm: Sequence[float]) -> BoolArray:
-    """Grown again inside itself from the deepest voxel of each component: same components, no handle, no cavity."""
-    pieces, total = ndimage.label(mask, np.ones((3, 3, 3)))
-    depth = ndimage.distance_transform_edt(mask, sampling=spacing_mm)
-    seed = np.zeros_like(mask)
+def _fill_tunnels(mask: BoolArray, free: BoolArray, spacing_mm: Sequence[float]) -> BoolArray:
+    """Adds small holes of single slices, in all three planes: a tunnel crosses some slice as one. Grooves stay open."""
+    filled = mask.copy()
+    for axis in range(3):
+        plane = ndimage.generate_binary_structure(3, 1)
+        plane[(slice(None),) * axis + ([0, 2],)] = False
+        holes = ndimage.label(np.pad(~mask, 1, constant_values=True), plane)[0][1:-1, 1:-1, 1:-1]
+        areas = np.bincount(holes.ravel()) * (np.prod(spacing_mm) / spacing_mm[axis])
+        small = areas <= _MAX_TUNNEL_MM2
+        small[0] = False
+        filled |= small[holes] & free
+    return filled
+
+
+def without_handles(mask: BoolArray, free: BoolArray, spacing_mm: Sequence[float], max_handles: int) -> BoolArray:
+    """Takes handles out of a mask: tunnels narrow enough are filled, others are cut open, one voxel wide.
+
+    Args:
+        mask: (H, W, D).
+        free: (H, W, D), voxels that may be added.
+        spacing_mm: voxel size along each axis, mm.
+        max_handles: with no more than these, nothing is changed.
+
+    Returns:
+        (H, W, D) bool of as many components, with at most `max_handles` handles, or none.
+    """
+    if betti_numbers(mask)[1] <= max_handles:
+        return mask
+    filled = _fill_tunnels(mask, free, spacing_mm)
+    components = betti_numbers(mask)[0]
+    filled = fill_cavities(filled) & (filled | free)
+    if betti_numbers(filled)[0] != components:
+        filled = mask
+    if betti_numbers(filled)[1] <= max_handles:
+        return filled
+    pieces, total = ndimage.label(filled, np.ones((3, 3, 3)))
+    depth = ndimage.distance_transform_edt(filled, sampling=spacing_mm)
+    seed = np.zeros_like(filled)
     for deepest in ndimage.maximum_position(depth, pieces, range(1, total + 1)):
         seed[deepest] = True
-    return grow(seed, mask)
+    return grow(seed, filled)
 
 
 def dice(a: BoolArray, b: BoolArray) -> float:
@@ -149,10 +184,8 @@ def prepare_label_map(
     for k in sorted(cleaned, key=lambda k: structures[k].tubular):
         mask = prepared == k
         mask = fill_cavities(mask) & (mask | (prepared == 0))
-        if betti_numbers(mask)[1] > structures[k].max_handles:
-            prepared[mask] = 0
-            mask = regrown(mask, spacing_mm)
-        prepared[mask] = k
+        prepared[prepared == k] = 0
+        prepared[without_handles(mask, prepared == 0, spacing_mm, structures[k].max_handles)] = k
     report = {}
     for k in present:
         before, after = raw == k, prepared == k

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from custom.phantom_anatomy import Anatomy, build_anatomy
 from custom.phantom_appearance import add_artefacts, draw_appearance, draw_noise, move_right_artery, paint, scan
 from custom.phantom_labels import INTENDED_BETTI, LABELS, TopologyError
+from custom.records import replace_file, write_json
 
 __all__ = ["INTENDED_BETTI", "LABELS", "Subject", "make", "make_subject"]
 
@@ -138,18 +139,6 @@ def make_subject(
     return Subject(to_hu[0], anatomy.label, to_hu[1], affine, json.loads(json.dumps(parameters, default=float)))
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Writes to a hidden neighbour, then moves it in place, so a file is either absent or whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part_{path.name}")
-    write(part)
-    os.replace(part, path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
-
-
 FOLDERS = {"image": "images", "label": "labels", "clean": "clean"}
 
 
@@ -160,7 +149,7 @@ def _write_subject(root: Path, index: int, provenance: dict[str, Any]) -> dict[s
     for key, folder in FOLDERS.items():
         nifti = nib.Nifti1Image(getattr(subject, key), subject.affine)
         nifti.header.set_xyzt_units("mm")
-        _replace(root / folder / f"subject_{index:03d}.nii.gz", lambda part, nifti=nifti: nib.save(nifti, part))
+        replace_file(root / folder / f"subject_{index:03d}.nii.gz", partial(nib.save, nifti))
     return subject.parameters
 
 
@@ -250,13 +239,13 @@ def make(
     root, names = Path(output_dir), [f"subject_{i:03d}" for i in range(subjects)]
     done = _check_folder(root, names, provenance)
     missing = [i for i, name in enumerate(names) if name not in done]
-    _write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
+    write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
     logger.info("%d of %d subjects to make in %s", len(missing), subjects, root)
     for i, parameters in _each(root, missing, provenance, workers):
         done[names[i]] = parameters
-        _write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
+        write_json(root / "parameters.json", {"provenance": provenance, "subjects": done})
         logger.info("%s written", names[i])
-    _write_json(root / "datalist.json", _split(names, validation_fraction, test_fraction) | {"provenance": provenance})
+    write_json(root / "datalist.json", _split(names, validation_fraction, test_fraction) | {"provenance": provenance})
     return str(root / "datalist.json")
 
 

@@ -35,6 +35,45 @@ def vessel_projection(image: np.ndarray, label: np.ndarray, vessel_labels: Seque
     return np.flip(np.rot90(np.where(near, image, WINDOW_HU[0]).max(1)), 1)
 
 
+def vessel_depth(label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
+    """Front view (H, D, 3) of vessels before the silhouette of all labels, brighter where they lie nearer."""
+    body, vessel = label > 0, np.isin(label, vessel_labels)
+    depth = np.linspace(0.35, 1.0, label.shape[1])[None, :, None]
+    front = np.flip(np.rot90((vessel * depth).max(1)), 1)
+    silhouette = np.flip(np.rot90(body.mean(1)), 1)
+    grey = 0.5 * silhouette / max(float(silhouette.max()), 1e-6)
+    return np.clip(grey[..., None] * np.array([0.6, 0.6, 0.7]) + front[..., None] * np.array([1.0, 0.35, 0.25]), 0, 1)
+
+
+def save_mask_sheet(
+    path: str | os.PathLike, rows: Sequence[tuple[str, np.ndarray]], *, vessel_labels: Sequence[int]
+) -> None:
+    """Write a PNG with one row a label map: axial, coronal and sagittal plane, and its vessels from the front.
+
+    Args:
+        path: PNG, replaced atomically; its folder is made.
+        rows: (title, label), each volume (H, W, D) in RAS.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    colours = np.concatenate([np.zeros((1, 3)), np.array([_COLOURS(i % 20)[:3] for i in range(1, 256)])])
+    for row, (title, label) in zip(axes, rows, strict=True):
+        panels = [colours[plane.astype(int)] for plane in _planes(label, heart_centre(label))]
+        for axis, panel in zip(row, [*panels, vessel_depth(label, vessel_labels)], strict=True):
+            axis.imshow(panel, interpolation="nearest")
+            axis.set_axis_off()
+        row[0].set_title(title, fontsize=9, loc="left")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=80)
+    os.replace(temporary, path)
+
+
 def save_sheet(
     path: str | os.PathLike, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], *, vessel_labels: Sequence[int]
 ) -> None:
@@ -57,7 +96,4 @@ def save_sheet(
         for index in np.unique(masks[0])[1:]:
             row[3].contour(masks[0] == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
         row[0].set_title(title, fontsize=9, loc="left")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=80)
-    os.replace(temporary, path)
+    _save(figure, path)

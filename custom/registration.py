@@ -203,9 +203,7 @@ def _checked_grids(moving: Tensor, fixed: Tensor, spacing_mm: Sequence[float]) -
     return check_spacing(spacing_mm)
 
 
-def velocity_weights(
-    moving: Tensor, fixed: Tensor, *, labels: Sequence[int], spacing_mm: Sequence[float]
-) -> Tensor:
+def velocity_weights(moving: Tensor, fixed: Tensor, *, labels: Sequence[int], spacing_mm: Sequence[float]) -> Tensor:
     """Registers two label maps without training and returns the velocity as weights, to be mixed or stored. Ours.
 
     Soft Dice of blurred labels on blocks of 9, then 4.5 mm, plus the price of the field under the Gaussian model of
@@ -218,8 +216,8 @@ def velocity_weights(
         spacing_mm: voxel size along each axis, mm.
 
     Returns:
-        (B, 3, nodes_H, nodes_W, nodes_D); `velocity_of_weights` makes a field of them. Zeros are no motion, and sums and
-        multiples of weights are those of the fields.
+        (B, 3, nodes_H, nodes_W, nodes_D); `velocity_of_weights` makes a field of them. Zeros are no motion, and sums
+        and multiples of weights are those of the fields.
 
     Raises:
         ValueError: if a shape or the spacing is wrong, or an item has no label in both maps.

@@ -18,8 +18,8 @@ __all__ = ["carry_points", "confine", "mixture_coefficients"]
 def confine(velocity: Tensor, *, spacing_mm: Sequence[float], margin_mm: float) -> Tensor:
     """Stops the flow through the faces of the grid: the grid is mapped onto itself and nothing leaves it. Ours.
 
-    The component along each axis is faded to zero towards the two faces of that axis, by 3 t^2 - 2 t^3 over `margin_mm`;
-    motion along a face stays.
+    The component along each axis is faded to zero towards the two faces of that axis, by 3 t^2 - 2 t^3 over
+    `margin_mm`; motion along a face stays.
 
     Args:
         velocity: (B, 3, H, W, D), in voxels.
@@ -47,7 +47,7 @@ def confine(velocity: Tensor, *, spacing_mm: Sequence[float], margin_mm: float) 
 
 
 def carry_points(points: Tensor, velocity: Tensor, steps: int = 32) -> Tensor:
-    """Moves points with what `warp(volume, exponentiate(velocity))` moves: along -velocity for unit time, midpoint rule.
+    """Moves points as `warp(volume, exponentiate(velocity))` moves voxels: along -velocity, midpoint rule.
 
     Args:
         points: (N, 3), in voxels of the grid.
@@ -96,7 +96,9 @@ def mixture_coefficients(weights: Tensor, generator: torch.Generator, *, max_z: 
         ValueError: without registrations, or if `max_z` is not positive.
     """
     if len(weights) == 0:
-        raise ValueError("weights must hold at least one registration, got none; with one reference there is no mixture.")
+        raise ValueError(
+            "weights must hold at least one registration, got none; with one reference there is no mixture."
+        )
     if max_z <= 0:
         raise ValueError(f"max_z must be positive, got {max_z}.")
     if len(weights) == 1:

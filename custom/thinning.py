@@ -132,17 +132,23 @@ def grow(seed: ArrayLike, within: ArrayLike) -> BoolArray:
     mask = inside & np.pad(start[box], 1)
     depth = np.ceil(ndimage.distance_transform_edt(inside)).astype(np.int32)
     flat, level, around, classes = mask.ravel(), depth.ravel(), *_neighbourhood(mask.shape)
+
+    def beside(voxels: NDArray[np.intp]) -> NDArray[np.intp]:
+        near = np.unique(voxels[:, None] + around)
+        return near[inside.ravel()[near] & ~flat[near]]
+
+    waiting = beside(np.flatnonzero(flat))
     for deepest in range(int(level.max()), 0, -1):
-        reachable = level >= deepest
-        added = True
-        while added:
-            added = False
-            rim = np.flatnonzero(ndimage.binary_dilation(mask, _CUBE).ravel() & ~flat & reachable)
+        rim, waiting = waiting[level[waiting] >= deepest], waiting[level[waiting] < deepest]
+        while len(rim):
+            added = [np.zeros(0, np.intp)]
             for parity in range(8):
                 chosen = rim[classes[rim] == parity]
-                new = chosen[_is_simple(flat[chosen[:, None] + around])]
-                flat[new] = True
-                added |= len(new) > 0
+                added.append(chosen[_is_simple(flat[chosen[:, None] + around])])
+                flat[added[-1]] = True
+            near = beside(np.concatenate(added))  # others are as simple, or not, as they were
+            rim, waiting = near[level[near] >= deepest], np.union1d(waiting, near[level[near] < deepest])
+        waiting = waiting[~flat[waiting]]
     grown[box] = mask[1:-1, 1:-1, 1:-1]
     return grown
 

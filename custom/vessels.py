@@ -1,4 +1,4 @@
-"""Vessel trees as centre lines with radii: read from a mask, carried through a map, edited, drawn again. Ours (layer 0).
+"""Vessel trees as centre lines with radii: read from a mask, carried, edited, drawn again. Ours (layer 0).
 
 Warping the voxels of a vessel two voxels wide breaks it; its centre line cannot break. Positions are in mm from the
 centre of voxel (0, 0, 0), along the axes of the array.
@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from custom.thinning import skeleton
 from custom.topology import BoolArray, as_mask
 
-__all__ = ["VesselTree", "anchored", "carry", "draw", "prune", "read_tree", "tree_length_mm"]
+__all__ = ["VesselTree", "anchored", "carry", "draw", "prune", "read_tree", "tree_length_mm", "tree_volume_mm3"]
 
 Points = NDArray[np.float64]
 _POINT_PASSES = 2
@@ -72,6 +72,13 @@ def tree_length_mm(tree: VesselTree) -> float:
     return float(_edge_lengths(tree).sum())
 
 
+def tree_volume_mm3(tree: VesselTree) -> float:
+    """Volume of the truncated cones of all links, mm^3; 0 without links."""
+    a, b = tree.edges.T
+    r0, r1 = tree.radii_mm[a], tree.radii_mm[b]
+    return float((np.pi / 3 * _edge_lengths(tree) * (r0**2 + r0 * r1 + r1**2)).sum())
+
+
 def _forest(voxels: NDArray[np.intp], spacing: Points) -> VesselTree:
     """Minimum spanning forest of skeleton voxels linked to their 26 neighbours; radii are still 0."""
     points = voxels * spacing
@@ -83,12 +90,12 @@ def _forest(voxels: NDArray[np.intp], spacing: Points) -> VesselTree:
 
 
 def read_tree(mask: ArrayLike, spacing_mm: Sequence[float]) -> VesselTree:
-    """Reads centre lines and radii from a mask: skeleton, minimum spanning forest, and the voxels nearest to each point.
+    """Reads centre lines and radii from a mask: skeleton, minimum spanning forest, voxels nearest to each point.
 
-    A skeleton runs in steps of whole voxels. Each point is moved to the centroid of the vessel voxels nearest to it, then
-    averaged with its neighbours along the tree; its radius is that of the tube with the volume of those voxels over its
-    piece of the line, sqrt(V / (pi L)), V and L averaged along the tree. Distances to the wall, read at voxel centres,
-    are off by up to a voxel, which is all of a thin vessel.
+    A skeleton runs in steps of whole voxels. Each point is moved to the centroid of the vessel voxels nearest to it,
+    then averaged with its neighbours along the tree; its radius is that of the tube with the volume of those voxels
+    over its piece of the line, sqrt(V / (pi L)), V and L averaged along the tree. Distances to the wall, read at voxel
+    centres, are off by up to a voxel, which is all of a thin vessel.
 
     Args:
         mask: (H, W, D), non-zero is vessel. Loops lose their longest link.
@@ -101,20 +108,22 @@ def read_tree(mask: ArrayLike, spacing_mm: Sequence[float]) -> VesselTree:
         ValueError: if `mask` is not 3D.
     """
     vessel, spacing = as_mask("mask", mask), np.array(spacing_mm, float)
-    skeleton_voxels = np.argwhere(skeleton(vessel))
-    if len(skeleton_voxels) == 0:
+    line = np.argwhere(skeleton(vessel))
+    if len(line) == 0:
         return VesselTree(np.zeros((0, 3)), np.zeros(0), np.zeros((0, 2), np.intp), np.zeros(0, np.intp))
-    tree = _forest(skeleton_voxels, spacing)
-    voxels = np.argwhere(vessel) * spacing
-    nearest = cKDTree(tree.points_mm).query(voxels)[1]
-    counts = np.bincount(nearest, minlength=len(tree.points_mm)).astype(float)
-    sums = np.stack([np.bincount(nearest, voxels[:, k], len(counts)) for k in range(3)], 1)
-    centred = replace(tree, points_mm=sums / counts[:, None])
-    tree = replace(tree, points_mm=_smoothed(centred.points_mm, tree, _POINT_PASSES))
-    volumes = _smoothed(counts * spacing.prod(), tree, _RADIUS_PASSES)
-    pieces = np.bincount(tree.edges.ravel(), np.repeat(_edge_lengths(tree) / 2, 2), len(counts))
-    ends = tree.degrees() < 2  # their voxels reach about as far beyond the last link as before it
-    pieces = _smoothed(np.where(ends, np.maximum(2 * pieces, spacing.min()), pieces), tree, _RADIUS_PASSES)
+    tree = _forest(line, spacing)
+    inside_mm = np.argwhere(vessel) * spacing
+    nearest = cKDTree(tree.points_mm).query(inside_mm)[1]
+    counts = np.bincount(nearest, minlength=len(line)).astype(float)
+    sums = np.stack([np.bincount(nearest, inside_mm[:, k], len(counts)) for k in range(3)], 1)
+    tree = replace(tree, points_mm=_smoothed(sums / counts[:, None], tree, _POINT_PASSES))
+    volumes = counts * spacing.prod()
+    pieces = np.bincount(tree.edges.ravel(), np.repeat(_edge_lengths(tree) / 2, 2), len(line)).astype(float)
+    ends = tree.degrees() < 2  # their voxels reach beyond the line by an unknown length: neighbours tell their radius
+    alone = ~np.isin(tree.trees(), tree.trees()[~ends])  # trees that are nothing but ends
+    volumes[ends & ~alone] = pieces[ends & ~alone] = 0
+    pieces[alone] = np.maximum(2 * pieces[alone], spacing.min())
+    volumes, pieces = _smoothed(volumes, tree, _RADIUS_PASSES), _smoothed(pieces, tree, _RADIUS_PASSES)
     return replace(tree, radii_mm=np.sqrt(volumes / (np.pi * pieces)))
 
 

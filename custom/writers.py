@@ -7,10 +7,12 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import PathLike
 from monai.data import NibabelWriter
-from monai.transforms import Transform
+from monai.transforms import Orientation, Transform
+from nibabel.orientations import aff2axcodes
 
 
 class AtomicNibabelWriter(NibabelWriter):
@@ -36,16 +38,18 @@ class AtomicNibabelWriter(NibabelWriter):
             temporary.unlink(missing_ok=True)
 
 
-class SaveRenderingd(Transform):
-    """Write a rendered volume as `<output_dir>/<case>.nii.gz`, int16 HU, with its own affine.
+class SaveVolumed(Transform):
+    """Write a volume as `<output_dir>/<case>.nii.gz` with its own affine.
 
     Args:
-        key: the volume, (1, H, W, D) HU.
+        key: the volume, (1, H, W, D); it is rounded.
         output_dir: made when absent.
+        dtype: of the file, "int16" for HU, "uint8" for label maps.
+        original_axes: turn the axes back to the order and direction of the file that the volume was read from.
     """
 
-    def __init__(self, key: str, *, output_dir: str) -> None:
-        self.key, self.output_dir = key, output_dir
+    def __init__(self, key: str, *, output_dir: str, dtype: str = "int16", original_axes: bool = False) -> None:
+        self.key, self.output_dir, self.dtype, self.original_axes = key, output_dir, dtype, original_axes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case. Not by `SaveImage`: it turns a full disk into advice to install other writers.
@@ -55,7 +59,10 @@ class SaveRenderingd(Transform):
         """
         os.makedirs(self.output_dir, exist_ok=True)
         volume = data[self.key]
-        writer = AtomicNibabelWriter(output_dtype="int16")
+        if self.original_axes:
+            codes = "".join(aff2axcodes(np.asarray(volume.meta["original_affine"])))
+            volume = Orientation(axcodes=codes, labels=None)(volume)
+        writer = AtomicNibabelWriter(output_dtype=self.dtype)
         writer.data_obj = torch.round(volume[0])  # `set_data_array` would drop a last axis of one voxel
         writer.set_metadata(volume.meta, resample=False)
         writer.write(os.path.join(self.output_dir, f"{data['case']}.nii.gz"))

@@ -13,20 +13,37 @@ CUSTOM = Path(__file__).resolve().parents[1] / "custom"
 MODULES = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__init__")
 
 LAYERS: list[set[str]] = [
-    {"deformation", "registration", "thinning", "topology", "diffusion", "vessels"},
+    {"deformation", "registration", "shape_model", "thinning", "topology", "diffusion", "vessels"},
     {
+        "acceptance",
         "correspondence",
+        "mask_generation",
         "mask_preparation",
+        "mask_reference",
         "networks",
         "schedulers",
         "losses",
         "metrics",
         "template",
         "pictures",
+        "records",
         "residual",
     }
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
-    {"checks", "datalists", "engines", "handlers", "inferers", "logs", "pairs", "report", "transforms", "writers"},
+    {
+        "checks",
+        "datalists",
+        "engines",
+        "handlers",
+        "inferers",
+        "logs",
+        "mask_summary",
+        "mask_transforms",
+        "pairs",
+        "report",
+        "transforms",
+        "writers",
+    },
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 MATHS = {"torch", "numpy", "scipy", "skimage", "monai.networks.blocks"}

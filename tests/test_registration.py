@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample, warp_labels
-from custom.registration import align_extent, label_velocity, register_label_maps, template_coordinates
+from custom.registration import align_extent, align_label_map, register_label_maps, template_coordinates, velocity_of_weights, velocity_weights
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CTA = DATA / "real_cta" / "label_derived.nii.gz"
@@ -101,7 +101,9 @@ def test_registration_raises_dice_between_two_hearts_without_folding(spacing_mm)
 def test_registration_is_the_exponential_of_its_velocity():
     moving, fixed = ellipsoids((48, 52, 44), HEART_A), ellipsoids((48, 52, 44), HEART_B)
     options = {"labels": [1, 2, 3], "spacing_mm": (1.5, 1.5, 1.5)}
-    whole = exponentiate(label_velocity(moving, fixed, **options))
+    whole = exponentiate(
+        velocity_of_weights(velocity_weights(moving, fixed, **options), fixed.shape[2:], options["spacing_mm"])
+    )
     error = (register_label_maps(moving, fixed, **options) - whole)[INTERIOR].norm(dim=1)
     assert error.mean() < 0.3
     assert whole.norm(dim=1).max() > 5.0
@@ -134,7 +136,7 @@ def test_registration_works_where_gradients_are_off():
     assert torch.equal(inside, expected)
 
 
-@pytest.mark.parametrize("function", [register_label_maps, label_velocity, template_coordinates])
+@pytest.mark.parametrize("function", [register_label_maps, velocity_weights, template_coordinates])
 def test_no_common_label_says_what_each_map_holds(function):
     a, b = ellipsoids((48, 52, 44), HEART_A), ellipsoids((48, 52, 44), HEART_B)
     with pytest.raises(ValueError, match=r"got \[5, 7\] while moving holds \[1, 2, 3, 5\] and fixed \[1, 2, 3, 7\]"):

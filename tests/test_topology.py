@@ -7,9 +7,9 @@ from shapes import GRID, KNOWN, ball, hollow_tube, shell, torus, voxels
 from custom.topology import (
     betti_numbers,
     components_touching,
+    contact_areas,
     fill_cavities,
-    label_adjacency,
-    largest_components,
+        largest_components,
 )
 
 
@@ -68,28 +68,35 @@ def test_components_touching_with_empty_masks():
     assert components_touching(empty, empty) == (0, 0)
 
 
-def test_label_adjacency_counts_faces_only():
+def test_contacts_count_faces_only():
     labels = np.zeros((4, 4, 4), int)
     labels[0, 0, 0], labels[0, 0, 1], labels[1, 0, 1] = 3, 1, 7
     labels[1, 1, 2] = 9  # meets 7 over an edge, 1 over a corner
-    assert label_adjacency(labels) == {(1, 3), (1, 7)}
+    assert contact_areas(labels) == {(1, 3): 1.0, (1, 7): 1.0}
 
 
-def test_label_adjacency_ignores_background_and_itself():
-    assert label_adjacency(np.zeros((3, 3, 3), int)) == set()
-    assert label_adjacency(np.full((3, 3, 3), 4)) == set()
+def test_contact_areas_are_in_mm2_of_the_faces():
+    labels = np.ones((2, 3, 4), int)
+    labels[1] = 2
+    assert contact_areas(labels, (9.0, 0.5, 2.0)) == {(1, 2): pytest.approx(12 * 0.5 * 2.0)}
+    assert contact_areas(labels.swapaxes(0, 2), (2.0, 0.5, 9.0)) == {(1, 2): pytest.approx(12.0)}
+
+
+def test_contacts_ignore_background_and_itself():
+    assert contact_areas(np.zeros((3, 3, 3), int)) == {}
+    assert contact_areas(np.full((3, 3, 3), 4)) == {}
     separated = np.zeros((5, 3, 3), int)
     separated[0], separated[4] = 1, 2
-    assert label_adjacency(separated) == set()
+    assert contact_areas(separated) == {}
 
 
-def test_label_adjacency_does_not_wrap_unsigned_labels():
+def test_contacts_do_not_wrap_unsigned_labels():
     labels = np.zeros((2, 1, 1), np.uint8)
     labels[:, 0, 0] = 255, 1
-    assert label_adjacency(labels) == {(1, 255)}
+    assert contact_areas(labels) == {(1, 255): 1.0}
 
 
-@pytest.mark.parametrize("function", [betti_numbers, fill_cavities, label_adjacency])
+@pytest.mark.parametrize("function", [betti_numbers, fill_cavities, contact_areas])
 def test_arrays_with_batch_axes_are_rejected(function):
     with pytest.raises(ValueError, match=r"must be a 3D array \(H, W, D\), got shape \(1, 3, 3, 3\)"):
         function(np.zeros((1, 3, 3, 3)))

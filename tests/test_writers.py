@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom.writers import SaveRenderingd
+from custom.writers import SaveVolumed
 
 OBLIQUE = np.array([[1.2, -0.3, 0.0, 7.0], [0.2, 1.1, 0.1, -80.0], [0.0, -0.2, -2.5, 33.0], [0, 0, 0, 1]])
 
@@ -22,7 +22,7 @@ def rendering(shape=(5, 7, 3), affine=OBLIQUE):
 
 def save(folder, case="case", **options):
     item = {"pred": rendering(**options), "case": case}
-    return SaveRenderingd("pred", output_dir=str(folder))(item)
+    return SaveVolumed("pred", output_dir=str(folder))(item)
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (4, 6, 1), (1, 6, 4)])
@@ -38,7 +38,7 @@ def test_volume_is_written_rounded_as_int16_on_its_own_grid(tmp_path, shape):
 def test_written_is_the_affine_the_volume_has_now_not_the_one_it_was_read_with(tmp_path):
     volume = rendering()
     volume.meta["original_affine"] = np.eye(4)
-    SaveRenderingd("pred", output_dir=str(tmp_path))({"pred": volume, "case": "case"})
+    SaveVolumed("pred", output_dir=str(tmp_path))({"pred": volume, "case": "case"})
     np.testing.assert_allclose(nib.load(tmp_path / "case.nii.gz").affine, OBLIQUE, atol=1e-5)
 
 

@@ -1,0 +1,261 @@
+"""Layer 2: label maps prepared and generated as dictionary transforms, and the lists of cases around them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, ResampleToMatch, Spacing, Transform
+
+from custom.acceptance import Rules
+from custom.checks import file_of
+from custom.datalists import case_name
+from custom.deformation import identity_coordinates
+from custom.mask_generation import Edits, Generated, MaskGenerator, Motion
+from custom.mask_preparation import LabelMap, Structure, prepare_label_map
+from custom.mask_reference import Neighbour, Reference, register_neighbour
+from custom.records import content_hash, replace_file, write_json
+from custom.transforms import plain, sample_cubic
+from custom.writers import SaveVolumed
+
+logger = logging.getLogger(__name__)
+
+RECORDS, MASKS, IMAGES, PREPARED = "records", "masks", "images", "prepared"
+
+
+def generation_cases(
+    references: Sequence[Mapping[str, Any]], output_dir: str, *, count: int, neighbours: int
+) -> list[dict[str, Any]]:
+    """One case for each new mask: mask k is made from reference k modulo their number, whatever the count.
+
+    Args:
+        references: cases of `load_cases`, with `label` and `case`.
+        output_dir: of the run; prepared references lie in its `prepared/`.
+        count: masks to make, at least 1.
+        neighbours: so many references that follow the source are registered with it.
+
+    Returns:
+        `case`, `index`, `label` (prepared source), `neighbours` (prepared files), `source` (file it was prepared from)
+        and, when the references have one, `image`; those of one source follow one another.
+
+    Raises:
+        ValueError: if `count` is below 1, `neighbours` negative, or two references have one name.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}; it is the number of masks to make.")
+    if neighbours < 0:
+        raise ValueError(f"neighbours must not be negative, got {neighbours}.")
+    names = [case["case"] for case in references]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"references: file names must differ, {repeated} come more than once; rename them.")
+    total = len(references)
+    prepared = [os.path.join(output_dir, PREPARED, f"{name}.nii.gz") for name in names]
+    cases = []
+    for index in range(count):
+        source = index % total
+        others = [(source + step) % total for step in range(1, min(neighbours, total - 1) + 1)]
+        case = {
+            "case": f"mask_{index:04d}",
+            "index": index,
+            "label": prepared[source],
+            "neighbours": [prepared[other] for other in others],
+            "source": references[source]["label"],
+        }
+        cases.append(case | {key: references[source][key] for key in ("image",) if key in references[source]})
+    return sorted(cases, key=lambda case: case["index"] % total)
+
+
+class PrepareMaskd(Transform):
+    """Bring `label` (1, H, W, D) towards its intended topology and write what changed as `prepared/<case>.json`.
+
+    Args:
+        structures: label id (a number or its text) -> what it is meant to be.
+        smoothing_mm: see `custom.mask_preparation.prepare_label_map`.
+        output_dir: of the run.
+    """
+
+    def __init__(self, structures: Mapping[Any, Structure], *, smoothing_mm: float, output_dir: str) -> None:
+        self.structures, self.smoothing_mm = by_number(structures), smoothing_mm
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Prepare one item.
+
+        Raises:
+            ValueError: naming the file and the label that cannot be prepared.
+        """
+        label = data["label"]
+        try:
+            prepared, report = prepare_label_map(
+                label_map_of(label),
+                self.structures,
+                spacing_mm=label.pixdim.tolist(),
+                smoothing_mm=self.smoothing_mm,
+            )
+        except ValueError as error:
+            raise ValueError(f"{file_of(label)}: {error}") from error
+        absent = [f"{k} ({s.name})" for k, s in self.structures.items() if k not in report]
+        if absent:
+            logger.warning("%s has no label %s; masks made from it will have none, too", file_of(label), absent)
+        content = {"source": file_of(label), "absent": absent, "labels": {str(k): row for k, row in report.items()}}
+        write_json(self.output_dir / PREPARED / f"{data['case']}.json", content)
+        return {**data, "label": MetaTensor(torch.from_numpy(prepared)[None], meta=label.meta)}
+
+
+def by_number(structures: Mapping[Any, Structure]) -> dict[int, Structure]:
+    """Structures of a config, whose keys are texts, by label id.
+
+    Raises:
+        ValueError: when a key is no label id from 1 to 255, or a structure must touch an id that is not described.
+    """
+    try:
+        numbered = {int(k): s for k, s in structures.items()}
+    except ValueError as error:
+        raise ValueError(f"structures: keys must be label ids, got {list(structures)} ({error})") from error
+    for k, structure in numbered.items():
+        if not 1 <= k <= 255:
+            raise ValueError(f"structures: label ids must be 1 to 255, got {k}.")
+        unknown = [other for other in structure.touches if other not in numbered]
+        if unknown:
+            raise ValueError(f"structures: {structure.name} must touch {unknown}, of which no structure is described.")
+    return numbered
+
+
+def label_map_of(volume: torch.Tensor) -> LabelMap:
+    """(1, H, W, D) -> (H, W, D) uint8."""
+    return np.asarray(volume[0]).round().astype(np.uint8)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last digits; a result must not depend on the number of processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class GenerateMaskd(Transform):
+    """Replace `label`, a prepared reference in RAS, by a new label map; adds `record`, what was drawn and measured.
+
+    A rejected item keeps its `label` and has `record["accepted"]` False.
+
+    Args:
+        structures: label id (a number or its text) -> what it is meant to be.
+        seed: of the run; a mask depends on it, its `index` and the content of its source and neighbours alone.
+        motion, edits: how far to move, how to change vessels.
+        rules: limits of acceptance by name, see `custom.acceptance.Rules`.
+        cache_dir: registrations are kept here, by the content of both label maps.
+        with_image: also deform `image`, the file of the source's image; adds it as `image`.
+
+    Raises:
+        ValueError: on an unknown rule or structure.
+    """
+
+    def __init__(
+        self,
+        structures: Mapping[Any, Structure],
+        *,
+        seed: int,
+        motion: Motion,
+        edits: Edits,
+        rules: Mapping[str, Any],
+        cache_dir: str,
+        with_image: bool = False,
+    ) -> None:
+        self.structures, self.seed, self.motion, self.edits = by_number(structures), seed, motion, edits
+        self.rules, self.cache_dir, self.with_image = Rules.from_config(rules), Path(cache_dir), with_image
+        self.read = Compose([LoadImage(), EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
+        self._source: tuple[str, MaskGenerator] | None = None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Make the mask of one item."""
+        item = dict(data)
+        with _one_thread():
+            generator = self._generator(item)
+            try:
+                made = generator((self.seed, item["index"]))
+            except RuntimeError as error:
+                logger.error("%s: %s", item["case"], error)
+                item["record"] = {"accepted": False, "reason": str(error)}
+                return item
+            if self.with_image:
+                item["image"] = self._deformed_image(item, made)
+        item["label"] = MetaTensor(torch.from_numpy(made.label_map)[None], meta=item["label"].meta)
+        neighbours = [case_name(path) for path in item["neighbours"]]
+        item["record"] = {"accepted": True, "source": item["source"], "neighbours": neighbours, **made.record}
+        return item
+
+    def _generator(self, item: Mapping[Hashable, Any]) -> MaskGenerator:
+        """Generator of the item's source; the one last used is kept, items of one source follow one another."""
+        name = file_of(item["label"])
+        if self._source is None or self._source[0] != name:
+            label = item["label"]
+            reference = Reference(label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist())
+            neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]
+            generator = MaskGenerator(reference, neighbours, motion=self.motion, edits=self.edits, rules=self.rules)
+            self._source = (name, generator)
+        return self._source[1]
+
+    def _neighbour(self, reference: Reference, label: MetaTensor, path: str) -> Neighbour:
+        """Another prepared reference on the source's spacing, registered or read from the cache."""
+        volume = self.read(path)
+        if not torch.allclose(volume.pixdim, label.pixdim, atol=1e-3):
+            logger.info("%s is resampled from %s to %s mm", path, volume.pixdim.tolist(), label.pixdim.tolist())
+            volume = Spacing(pixdim=label.pixdim.tolist(), mode="nearest")(volume)
+        other = label_map_of(volume)
+        parts = [np.ascontiguousarray(m).tobytes() + str(m.shape).encode() for m in (reference.label_map, other)]
+        key = content_hash(*parts, str(reference.spacing_mm).encode(), str(reference.walls).encode())
+        file = self.cache_dir / f"{key}.pt"
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            return Neighbour(kept["label_map"].numpy(), kept["weights"])
+        neighbour = register_neighbour(reference.label_map, other, self.structures, reference.spacing_mm)
+        content = {"label_map": torch.from_numpy(neighbour.label_map), "weights": neighbour.weights}
+        replace_file(file, lambda part: torch.save(content, part))
+        return neighbour
+
+    def _deformed_image(self, item: Mapping[Hashable, Any], made: Generated) -> MetaTensor:
+        image = self.read(item["image"])
+        if image.shape != item["label"].shape or not torch.allclose(image.affine, item["label"].affine, atol=1e-3):
+            image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, item["label"])
+        where = identity_coordinates(made.displacement.shape[2:]) + made.displacement
+        return MetaTensor(sample_cubic(plain(image), where)[0], meta=item["label"].meta)
+
+
+class SaveMaskd(Transform):
+    """Write an accepted `label` and its `image`, if any, then `record`: a case with a record is complete.
+
+    `masks/<case>.nii.gz`, `images/<case>.nii.gz`, `records/<case>.json`, axes as in the source's file.
+
+    Args:
+        output_dir: of the run.
+        with_image: whether items carry an image.
+    """
+
+    def __init__(self, *, output_dir: str, with_image: bool = False) -> None:
+        root = self.output_dir = Path(output_dir)
+        self.writers = [SaveVolumed("label", output_dir=str(root / MASKS), dtype="uint8", original_axes=True)]
+        if with_image:
+            self.writers.append(SaveVolumed("image", output_dir=str(root / IMAGES), original_axes=True))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write one item.
+
+        Raises:
+            OSError: naming the file that could not be written.
+        """
+        for write in self.writers if data["record"]["accepted"] else []:
+            write(data)
+        write_json(self.output_dir / RECORDS / f"{data['case']}.json", {"case": data["case"], **data["record"]})
+        return dict(data)

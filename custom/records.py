@@ -1,0 +1,84 @@
+"""Layer 1: files that are absent or whole, and folders that hold the results of one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["claim_folder", "content_hash", "plain_values", "replace_file", "write_json"]
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part_{os.getpid()}_{path.name}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON atomically, one space deep."""
+    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def content_hash(*parts: bytes) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of all parts, each with its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def plain_values(value: Any) -> Any:
+    """What JSON gives back for a value: dataclasses and mappings as dictionaries, sequences as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain_values(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain_values(v) for v in value]
+    return value
+
+
+def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes a folder the place of one run: writes what the run is, or checks that it is the same one going on.
+
+    Args:
+        output_dir: a new or empty folder, or one that the same run began.
+        name: of the JSON file in it that says what the run is.
+        provenance: what determines the results; dataclasses are written as dictionaries.
+
+    Returns:
+        The provenance as written, with "config_hash" of all of it.
+
+    Raises:
+        ValueError: if the folder belongs to another run (naming what differs) or holds other files.
+    """
+    root = Path(output_dir)
+    record, wanted = root / name, plain_values(provenance)
+    wanted["config_hash"] = content_hash(json.dumps(wanted, sort_keys=True).encode())
+    if record.exists():
+        found = json.loads(record.read_text())
+        differing = sorted(k for k in {*found, *wanted} - {"config_hash"} if found.get(k) != wanted.get(k))
+        if differing:
+            changes = "; ".join(f"{k}: {found.get(k)} there, {wanted.get(k)} now" for k in differing)
+            raise ValueError(
+                f"{record} belongs to another run ({changes}); repeat its options to go on, or choose another "
+                "output_dir"
+            )
+        return wanted
+    other = [path for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
+    if other:
+        raise ValueError(
+            f"output_dir {root} holds other files ({other[0].name}, ...) and no {name}; choose a new or empty folder"
+        )
+    write_json(record, wanted)
+    return wanted
