@@ -202,12 +202,12 @@ class MaskGenerator:
         )
         factor = rng.uniform(*edits.radius_range)
         tree = VesselTree(tree.points_mm, tree.radii_mm * factor, tree.edges, tree.roots)
-        drawn = draw(tree, reference.label_map.shape, reference.spacing_mm)
+        expected = tree_volume_mm3(tree) * reference.cone_shares[k]
+        drawn = draw(tree, reference.label_map.shape, reference.spacing_mm, volume_mm3=expected)
         seeds = np.zeros_like(drawn)
         last = np.array(drawn.shape) - 1
         seeds[tuple(np.clip(np.rint(tree.points_mm[tree.roots] / spacing).astype(int), 0, last).T)] = True
         vessel = grow(seeds, drawn)
-        expected = tree_volume_mm3(tree)
         candidate.repaired[k] = 1 - vessel.sum() / max(drawn.sum(), 1)
         candidate.vessels[k] = {
             "length_mm": tree_length_mm(tree),

@@ -22,6 +22,7 @@ from custom.topology import BoolArray, betti_numbers, components_touching, fill_
 __all__ = ["Structure", "prepare_label_map"]
 
 LabelMap = NDArray[np.uint8]
+_MIN_VOXELS = 8
 _MAX_TUNNEL_MM2 = 40.0  # of a slice: trabeculae and pinholes, not a ring of vessels
 
 
@@ -170,6 +171,12 @@ def prepare_label_map(
     present = [k for k in structures if (labels == k).any()]
     if not present:
         raise ValueError(f"label_map holds none of the labels {sorted(structures)}; check the label mapping.")
+    for k in present:
+        if (voxels := int((labels == k).sum())) < _MIN_VOXELS:
+            raise ValueError(
+                f"label {k} ({structures[k].name}) has {voxels} voxels, at least {_MIN_VOXELS} are needed; "
+                "drop it with label_mapping, or correct the reference."
+            )
     raw = np.where(np.isin(labels, present), labels, 0).astype(np.uint8)
     exact = [k for k in present if structures[k].tubular or structures[k].keep]
     smoothed = [k for k in present if k not in exact]

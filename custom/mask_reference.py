@@ -13,7 +13,7 @@ from custom.acceptance import Anatomy, measure_anatomy
 from custom.mask_preparation import LabelMap, Structure, signed_distance
 from custom.registration import align_label_map, velocity_weights
 from custom.topology import BoolArray, bounding_box
-from custom.vessels import VesselTree, anchored, read_tree
+from custom.vessels import VesselTree, anchored, read_tree, tree_volume_mm3
 
 __all__ = ["Neighbour", "Reference", "fill_nearest", "register_neighbour"]
 
@@ -82,6 +82,8 @@ class Reference:
                     "as a tree without handles or cavities: prepare it with max_handles=0 and keep=false."
                 )
         self.trees = {k: self._tree(k) for k in self.vessels}
+        # voxels over cones: cones leave round ends out and count forks twice
+        self.cone_shares = {k: self.anatomy.volume_mm3[k] / tree_volume_mm3(tree) for k, tree in self.trees.items()}
         filled = fill_nearest(label_map, np.isin(label_map, self.vessels))
         self.distances = torch.stack([_distance_near(filled == k, self.spacing_mm) for k in [0, *self.walls]])[None]
 

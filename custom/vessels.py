@@ -219,18 +219,24 @@ def prune(
     return VesselTree(tree.points_mm[~gone], tree.radii_mm[~gone], new[edges], new[tree.roots]), count
 
 
-def draw(tree: VesselTree, shape: Sequence[int], spacing_mm: Sequence[float]) -> BoolArray:
-    """Draws a tree as cones with round ends; a chain of face-linked voxels at least, so that thin vessels do not break.
+def draw(
+    tree: VesselTree, shape: Sequence[int], spacing_mm: Sequence[float], *, volume_mm3: float | None = None
+) -> BoolArray:
+    """Draws a tree as cones with round ends; a chain of 26-linked voxels at least, so that thin vessels do not break.
 
     Args:
         tree: may reach beyond the grid; that part is not drawn.
         shape: (H, W, D).
         spacing_mm: voxel size along each axis, mm.
+        volume_mm3: wanted volume. All radii are then changed by one length, at most a voxel, to come as near to it as
+            voxels allow: of vessels about as wide as a voxel, the voxels inside and on the line are too many. None
+            takes the radii as they are.
 
     Returns:
         (H, W, D) bool.
     """
-    spacing, mask = np.array(spacing_mm, float), np.zeros(tuple(shape), bool)
+    spacing, line = np.array(spacing_mm, float), np.zeros(tuple(shape), bool)
+    beyond = np.full(line.shape, np.inf)  # distance to the surface of the cones, mm; negative inside
     lonely = np.setdiff1d(np.arange(len(tree.points_mm)), tree.edges)
     for a, b in [*tree.edges, *np.stack([lonely, lonely], 1)]:
         start, end, r0, r1 = tree.points_mm[a], tree.points_mm[b], tree.radii_mm[a], tree.radii_mm[b]
@@ -243,18 +249,20 @@ def draw(tree: VesselTree, shape: Sequence[int], spacing_mm: Sequence[float]) ->
         position = np.stack(np.meshgrid(*(np.arange(i, j) for i, j in zip(low, high, strict=True)), indexing="ij"), -1)
         offset, along = position * spacing - start, end - start
         share = np.clip(offset @ along / max(float(along @ along), 1e-12), 0, 1)
-        mask[box] |= np.linalg.norm(offset - share[..., None] * along, axis=-1) <= r0 + share * (r1 - r0)
-        _draw_line(mask, start / spacing, end / spacing)
-    return mask
+        outside = np.linalg.norm(offset - share[..., None] * along, axis=-1) - (r0 + share * (r1 - r0))
+        np.minimum(beyond[box], outside, out=beyond[box])
+        _draw_line(line, start / spacing, end / spacing)
+    if volume_mm3 is None:
+        return line | (beyond <= 0)
+    nearest = np.flatnonzero(~line & (beyond <= spacing.max()))
+    missing = max(int(round(volume_mm3 / spacing.prod())) - int(line.sum()), 0)
+    line.ravel()[nearest[np.argsort(beyond.ravel()[nearest], kind="stable")[:missing]]] = True
+    return line
 
 
 def _draw_line(mask: BoolArray, start: Points, end: Points) -> None:
-    """Sets the voxels that a segment (in voxels) passes, one axis at a time, so that they share faces."""
-    steps = int(np.ceil(4 * np.abs(end - start).max())) + 1
+    """Sets the voxels that a segment (in voxels) passes, each a neighbour of the last."""
+    steps = int(np.ceil(2 * np.abs(end - start).max())) + 1
     path = np.rint(start + np.linspace(0, 1, steps)[:, None] * (end - start)).astype(int)
-    corners = [path[:-1].copy(), path[:-1].copy()]
-    corners[0][:, 0] = path[1:, 0]
-    corners[1][:, :2] = path[1:, :2]
-    voxels = np.concatenate([path, *corners])
-    voxels = voxels[((voxels >= 0) & (voxels < mask.shape)).all(1)]
-    mask[tuple(voxels.T)] = True
+    path = path[((path >= 0) & (path < mask.shape)).all(1)]
+    mask[tuple(path.T)] = True

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample, warp_labels
-from custom.registration import align_extent, align_label_map, register_label_maps, template_coordinates, velocity_of_weights, velocity_weights
+from custom.registration import (
+    align_extent,
+    register_label_maps,
+    template_coordinates,
+    velocity_of_weights,
+    velocity_weights,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CTA = DATA / "real_cta" / "label_derived.nii.gz"

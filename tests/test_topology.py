@@ -9,7 +9,7 @@ from custom.topology import (
     components_touching,
     contact_areas,
     fill_cavities,
-        largest_components,
+    largest_components,
 )
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from shapes import GRID, ball, torus, tube
 
-from custom.topology import betti_numbers
 from custom.thinning import grow
+from custom.topology import betti_numbers
 from custom.vessels import VesselTree, anchored, carry, draw, prune, read_tree, tree_length_mm, tree_volume_mm3
 
 SPACING = (1.0, 1.0, 1.0)
@@ -84,7 +84,9 @@ def test_pruning_takes_end_branches_and_never_the_root():
     assert drawn.sum() < 0.85 * draw(tree, GRID.shape[:3], SPACING).sum()
 
 
-@pytest.mark.parametrize("options", [{"probability": 0.0, "max_length_mm": 100}, {"probability": 1.0, "max_length_mm": 1}])
+@pytest.mark.parametrize(
+    "options", [{"probability": 0.0, "max_length_mm": 100}, {"probability": 1.0, "max_length_mm": 1}]
+)
 def test_nothing_is_pruned_without_probability_or_with_long_branches_only(options):
     tree = rooted_fork()
     same, count = prune(tree, rng=np.random.default_rng(0), **options)

@@ -1,0 +1,65 @@
+"""Files are absent or whole; a folder belongs to one run."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from custom.records import claim_folder, content_hash, plain_values, replace_file, write_json
+
+
+@dataclass
+class Options:
+    lengths_mm: tuple[float, float]
+    name: str
+
+
+def claim(folder, **provenance):
+    return claim_folder(str(folder), name="run.json", provenance=provenance)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+
+    def fail(part):
+        part.write_text("half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        replace_file(tmp_path / "a.json", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_hashes_tell_apart_where_parts_end():
+    assert content_hash(b"ab", b"c") != content_hash(b"a", b"bc")
+    assert content_hash(b"ab") == content_hash(b"ab")
+    assert len(content_hash(b"")) == 16
+
+
+def test_plain_values_are_what_json_gives_back():
+    value = {1: Options((1.0, 2.0), "x"), "n": None}
+    assert plain_values(value) == json.loads(json.dumps(plain_values(value)))
+    assert plain_values(value) == {"1": {"lengths_mm": [1.0, 2.0], "name": "x"}, "n": None}
+
+
+def test_the_same_run_goes_on_and_gets_the_same_provenance(tmp_path):
+    first = claim(tmp_path / "new", seed=0, options=Options((1.0, 2.0), "x"))
+    (tmp_path / "new" / "result.nii.gz").write_bytes(b"")
+    assert claim(tmp_path / "new", seed=0, options=Options((1.0, 2.0), "x")) == first
+    assert first["config_hash"] == json.loads((tmp_path / "new/run.json").read_text())["config_hash"]
+
+
+def test_another_run_is_refused_and_told_what_differs(tmp_path):
+    claim(tmp_path, seed=0, options=Options((1.0, 2.0), "x"))
+    with pytest.raises(
+        ValueError, match=r"run.json belongs to another run \(seed: 0 there, 1 now\); repeat its options"
+    ):
+        claim(tmp_path, seed=1, options=Options((1.0, 2.0), "x"))
+
+
+def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.docx, ...\) and no run.json"):
+        claim(tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
