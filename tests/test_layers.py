@@ -13,7 +13,7 @@ CUSTOM = Path(__file__).resolve().parents[1] / "custom"
 MODULES = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__init__")
 
 LAYERS: list[set[str]] = [
-    {"deformation", "registration", "shape_model", "thinning", "topology", "diffusion", "vessels"},
+    {"deformation", "registration", "shape_model", "thinning", "topology", "diffusion", "uncertainty", "vessels"},
     {
         "acceptance",
         "correspondence",

@@ -1,0 +1,205 @@
+"""Skip-sampling variance: how far samples of one noise differ between schedules, and what that says (layer 0, torch).
+
+The idea, that skipping steps differently uncovers where a sample is not to be trusted, is StructDiff's (arXiv
+2503.09560, abstract); the formulas are ours. Variances are in HU^2, of images averaged over 3^3 voxels first, so that
+they tell structure and not grain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import log
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from custom.diffusion import depth_to_space, haar_unpack
+
+__all__ = [
+    "EDGE_BINS_MM",
+    "RunningVariance",
+    "confidence",
+    "edge_bins",
+    "local_mean",
+    "local_mean_variance",
+    "sample_score",
+    "tau_table",
+]
+
+EDGE_BINS_MM = (1.0, 2.0, 4.0, 8.0)
+"""Limits between bins of the distance to the nearest voxel of another label, mm."""
+_MIN_VOXELS = 20
+_MIN_TAU_HU2 = 1.0
+
+
+def local_mean(volume: Tensor, size: int = 3) -> Tensor:
+    """Mean over size^3 voxels, borders repeated; (B, C, H, W, D) of any size, also one voxel."""
+    reach = size // 2
+    return F.avg_pool3d(F.pad(volume, (reach,) * 6, mode="replicate"), size, stride=1)
+
+
+def _spread_kernels(to_voxels: Callable[[Tensor], Tensor]) -> Tensor:
+    """Squared 3^3 averages (8, 1, 4, 4, 4) of the 8 basis functions of a block of 2^3 voxels, one voxel around it."""
+    functions = to_voxels(torch.eye(8).view(8, 8, 1, 1, 1))
+    return F.avg_pool3d(F.pad(functions, (2,) * 6), 3, stride=1).square()
+
+
+def local_mean_variance(sigma: Tensor, edge: Tensor) -> Tensor:
+    """Variance of 3^3 averages of a packed residual of independent components, exactly; no sampling. Ours.
+
+    An average is linear in the components, so its variance is the sum of their variances times the squared averages of
+    their basis functions: a transposed convolution.
+
+    Args:
+        sigma: (B, 8, h, w, d) deviations in the local basis: Haar bands, single voxels where `edge` holds.
+        edge: (B, 1, h, w, d) bool.
+
+    Returns:
+        (B, 1, 2h, 2w, 2d), in squared units of sigma. At the border, averages reach over zeros.
+    """
+    variance = sigma.float().square()
+    spread = [
+        F.conv_transpose3d(torch.where(where, variance, 0.0), kernels.to(variance), stride=2, padding=1)
+        for where, kernels in ((edge, _spread_kernels(depth_to_space)), (~edge, _spread_kernels(haar_unpack)))
+    ]
+    return spread[0] + spread[1]
+
+
+class RunningVariance:
+    """Unbiased variance over samples that come one at a time (Welford 1962), each averaged over 3^3 voxels.
+
+    Two volumes are held, however many samples come. One sample has no variance: `value` refuses it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def add(self, sample: Tensor) -> None:
+        """Take one sample (B, 1, H, W, D) in HU; all must have one shape."""
+        smooth = local_mean(sample.float())
+        self.count += 1
+        if self._mean is None or self._squares is None:
+            self._mean, self._squares = smooth, torch.zeros_like(smooth)
+            return
+        difference = smooth - self._mean
+        self._mean = self._mean + difference / self.count
+        self._squares = self._squares + difference * (smooth - self._mean)
+
+    def value(self) -> Tensor:
+        """Variance (B, 1, H, W, D) in HU^2.
+
+        Raises:
+            ValueError: with fewer than two samples.
+        """
+        if self._squares is None or self.count < 2:
+            raise ValueError(f"a variance needs two samples or more, got {self.count}; use two schedules or more.")
+        return self._squares / (self.count - 1)
+
+
+def edge_bins(label: Tensor, spacing_mm: Sequence[float], limits_mm: Sequence[float] = EDGE_BINS_MM) -> Tensor:
+    """Bin of the distance of each voxel to the nearest voxel of another label.
+
+    Args:
+        label: (H, W, D) whole numbers.
+        spacing_mm: voxel size along each axis, mm.
+        limits_mm: ascending limits between the bins.
+
+    Returns:
+        (H, W, D) int64, 0 nearest to an edge; all in the last bin when there is one label only.
+    """
+    distance = torch.full(label.shape, float("inf"))
+    ids = label.round().long()
+    for value in ids.unique().tolist():
+        inside = ids == value
+        if not bool(inside.all()):
+            depth = torch.from_numpy(ndimage.distance_transform_edt(inside.numpy(), sampling=spacing_mm)).float()
+            distance[inside] = depth[inside]
+    return torch.bucketize(distance, torch.tensor(limits_mm, dtype=torch.float32), right=True)
+
+
+def tau_table(
+    cases: Iterable[tuple[Tensor, Tensor, Tensor]], *, num_labels: int, quantile: float = 0.9
+) -> tuple[Tensor, Tensor]:
+    """Scale of the variance for each label and edge bin, such that confidence is one half at a quantile.
+
+    Args:
+        cases: (variance, label, bins) of each case, each (H, W, D).
+        num_labels: label ids 0 to num_labels - 1.
+        quantile: in (0, 1), of the variances of a cell over all cases.
+
+    Returns:
+        tau (num_labels, bins) in HU^2, u_q / ln 2, at least 1 HU^2, and the voxels (num_labels, bins) that it is from.
+        Cells of fewer than 20 voxels take tau of all bins of their label; labels without voxels that of everything.
+
+    Raises:
+        ValueError: if the quantile is out of range or there is no case.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must be between 0 and 1, got {quantile}.")
+    cells: dict[int, list[Tensor]] = {}
+    bins_total = len(EDGE_BINS_MM) + 1
+    for variance, label, bins in cases:
+        cell = label.round().long() * bins_total + bins
+        for index in cell.unique().tolist():
+            cells.setdefault(index, []).append(variance[cell == index].double())
+    if not cells:
+        raise ValueError("cases must hold at least one image to calibrate with, got none.")
+    merged = {index: torch.cat(parts) for index, parts in cells.items()}
+
+    def scale(parts: Sequence[Tensor]) -> float:
+        values = torch.cat(list(parts))
+        rank = min(int(quantile * len(values)), len(values) - 1)  # torch.quantile is limited to 2^24 values
+        return max(float(values.kthvalue(rank + 1).values) / log(2), _MIN_TAU_HU2)
+
+    everything = scale(list(merged.values()))
+    tau = torch.full((num_labels, bins_total), everything)
+    count = torch.zeros((num_labels, bins_total), dtype=torch.long)
+    for label_id in range(num_labels):
+        own = {b: merged[i] for b in range(bins_total) if (i := label_id * bins_total + b) in merged}
+        if own:
+            tau[label_id] = scale(list(own.values()))
+        for b, values in own.items():
+            count[label_id, b] = len(values)
+            if len(values) >= _MIN_VOXELS:
+                tau[label_id, b] = scale([values])
+    return tau, count
+
+
+def confidence(variance: Tensor, label: Tensor, bins: Tensor, tau: Tensor, *, c_min: float = 0.05) -> Tensor:
+    """Confidence max(c_min, exp(-u / tau)) with tau of the label and edge bin of each voxel.
+
+    Args:
+        variance: u, (H, W, D) in HU^2.
+        label, bins: (H, W, D) whole numbers.
+        tau: (num_labels, bins) in HU^2.
+        c_min: smallest confidence, in [0, 1): no voxel is thrown away.
+
+    Returns:
+        (H, W, D) in [c_min, 1]; 1 where the variance is 0.
+
+    Raises:
+        ValueError: if a label or bin is outside the table, or `c_min` out of range.
+    """
+    ids = label.round().long()
+    if int(ids.max()) >= tau.shape[0] or int(bins.max()) >= tau.shape[1] or int(ids.min()) < 0:
+        raise ValueError(
+            f"tau: the table is for labels 0 to {tau.shape[0] - 1} and {tau.shape[1]} bins, got label "
+            f"{int(ids.max())} and bin {int(bins.max())}; calibrate with this label map."
+        )
+    if not 0 <= c_min < 1:
+        raise ValueError(f"c_min must be in [0, 1), got {c_min}.")
+    return (-variance / tau.to(variance)[ids, bins]).exp().clamp(min=c_min)
+
+
+def sample_score(variance: Tensor, label: Tensor) -> float:
+    """Mean over the present labels, background left out, of the mean sqrt(variance) in the label, in HU; NaN without.
+
+    Every label weighs the same: most voxels are background, few are coronary.
+    """
+    ids = label.round().long()
+    means = [float(variance[ids == value].sqrt().mean()) for value in ids.unique().tolist() if value != 0]
+    return sum(means) / len(means) if means else float("nan")
