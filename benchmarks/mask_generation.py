@@ -33,7 +33,7 @@ from scipy import ndimage
 
 from custom.acceptance import wall_thickness_mm
 from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample
-from custom.mask_generation import MaskGenerator
+from custom.mask_generation import MaskGenerator, Motion
 from custom.mask_preparation import dice, signed_distance
 from custom.mask_reference import Reference, register_neighbour
 from custom.mask_transforms import by_number
@@ -69,8 +69,8 @@ def generate(datalist: Path, output_dir: Path, count: int) -> float:
 
 
 def read(path: Path) -> tuple[np.ndarray, list[float]]:
-    """Label map and spacing of a file."""
-    image = nib.load(path)
+    """Label map and spacing of a file, in RAS as the generator works."""
+    image = nib.as_closest_canonical(nib.load(path))
     return np.asarray(image.dataobj).astype(np.uint8), [float(z) for z in image.header.get_zooms()]
 
 
@@ -190,7 +190,7 @@ def prepared_reports(root: Path) -> dict[str, Any]:
 
 
 def cohort(
-    name: str, root: Path, structures: dict[int, Any], rules: dict[str, Any], rival_cases: int
+    name: str, root: Path, structures: dict[int, Any], motion: Motion, rules: dict[str, Any], rival_cases: int
 ) -> dict[str, Any]:
     """Measure one run: a row for each written mask and each rival."""
     with (root / "summary.csv").open(newline="") as file:
@@ -208,7 +208,9 @@ def cohort(
         if name_of_source not in generators:
             others = [read(root / "prepared" / f"{other}.nii.gz")[0] for other in record["neighbours"]]
             neighbours = [register_neighbour(source, other, structures, spacing) for other in others]
-            generators[name_of_source] = MaskGenerator(Reference(source, structures, spacing_mm=spacing), neighbours)
+            generators[name_of_source] = MaskGenerator(
+                Reference(source, structures, spacing_mm=spacing), neighbours, motion=motion
+            )
         generator, index = generators[name_of_source], record["seed"][1]
         velocity, _ = generator.draw_velocity((0, index), record["retries"])  # as it was drawn
         points = surface_points(source)
@@ -295,11 +297,13 @@ def main(
         write_json(lists[name], {"training": [{"label": str(data / file)}]})
     parser = parsed(output_dir=str(work / "none"))
     structures, rules = by_number(parser.get_parsed_content("structures")), parser["rules"]
+    motion = parser.get_parsed_content("motion")
     result: dict[str, Any] = {"machine": machine(), "count": count, "cost": cost(structures), "cohorts": {}}
     print(json.dumps(result["cost"], indent=1))
     for name, datalist in lists.items():
         seconds = generate(datalist, work / name, count)
-        result["cohorts"][name] = {"seconds": seconds, **cohort(name, work / name, structures, rules, rival_cases)}
+        measured = cohort(name, work / name, structures, motion, rules, rival_cases)
+        result["cohorts"][name] = {"seconds": seconds, **measured}
         print(name, json.dumps({k: v for k, v in result["cohorts"][name].items() if k != "prepared"}, indent=1))
         if name in sources:
             draw_pictures(work / name, name)

@@ -26,7 +26,7 @@ class Rules:
             `vessel_volume_ratio` instead.
         vessel_volume_ratio: the same for tubular labels, as a share of the volume of their carried centre lines.
         wall_thickness_ratio: lowest and highest mean thickness of each wall, as a share of its source's.
-        max_dice: highest mean Dice to any reference: no copies.
+        max_dice: highest mean Dice to the source and to each of its neighbours: no copies.
         min_contact_mm2: labels (tubular ones apart) that share at least this area in source or new map must share a
             face in both.
         max_repaired: highest share of a label's voxels that may be changed to bring back its topology.
@@ -52,8 +52,11 @@ class Rules:
         if unknown:
             raise ValueError(f"rules: {unknown} do not exist; the rules are {known}")
         for name, value in rules.items():
-            if name.endswith("_ratio") and value is not None and (len(value) != 2 or not 0 <= value[0] < value[1]):
+            pair = isinstance(value, Sequence) and len(value) == 2 and 0 <= value[0] < value[1]
+            if name.endswith("_ratio") and value is not None and not pair:
                 raise ValueError(f"rules: {name} must be [lowest, highest] or null, got {value}")
+            if not name.endswith("_ratio") and value is not None and not isinstance(value, (int, float)):
+                raise ValueError(f"rules: {name} must be a number or null, got {value}")
         limits: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in rules.items()}
         return cls(**limits)
 
@@ -80,14 +83,16 @@ class Anatomy:
 def wall_thickness_mm(mask: BoolArray, spacing_mm: Sequence[float]) -> float:
     """Mean thickness of a wall, four times the mean depth of its voxels, as of a plate; NaN when empty.
 
-    Depth is measured to the nearest voxel outside, half a voxel beyond the surface, hence the correction. The depth of
-    the ridge alone would come in steps of a voxel.
+    Depth is measured from voxel centres to the nearest face of a voxel outside: the way to its centre less the half of
+    it that lies within that voxel. The depth of the ridge alone would come in steps of a voxel. Walls one voxel thick
+    count as two.
     """
     if not mask.any():
         return float("nan")
     box = np.pad(mask[bounding_box(mask)], 1)
-    depth = ndimage.distance_transform_edt(box, sampling=spacing_mm)
-    return float(4 * (depth[box].mean() - np.mean(spacing_mm) / 2))
+    length, nearest = ndimage.distance_transform_edt(box, sampling=spacing_mm, return_indices=True)
+    steps = np.abs(nearest - np.indices(box.shape)).max(0)[box]  # voxels along the axis that takes most
+    return float(4 * (length[box] * (1 - 0.5 / steps)).mean())
 
 
 def measure_anatomy(
@@ -100,7 +105,7 @@ def measure_anatomy(
     loose: dict[int, dict[int, int]] = {}
     for k, structure in present.items():
         for other in structure.touches:
-            touching, total = components_touching(masks[k], masks[other])
+            touching, total = components_touching(masks[k], label_map == other)
             loose.setdefault(k, {})[other] = total - touching
     return Anatomy(
         betti={k: betti_numbers(masks[k]) for k in present},

@@ -81,6 +81,8 @@ class CheckVolumesd(MapTransform):
         grids: Sequence[Sequence[str]] = (),
     ) -> None:
         super().__init__(keys)
+        if spacing_mm is not None and np.shape(spacing_mm) != (3,):
+            raise ValueError(f"spacing_mm must be three lengths in mm, one per axis, got {spacing_mm}")
         self.label_keys, self.num_labels, self.spacing_mm = set(label_keys), num_labels, spacing_mm
         self.air_below_hu, self.grids = air_below_hu, grids
 

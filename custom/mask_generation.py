@@ -28,9 +28,13 @@ from custom.vessels import VesselTree, carry, draw, prune, tree_length_mm, tree_
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Edits", "Generated", "MaskGenerator", "Motion"]
+__all__ = ["Edits", "Generated", "MaskGenerator", "Motion", "NotAcceptedError"]
 
 _REPAIR_PASSES = 3
+
+
+class NotAcceptedError(RuntimeError):
+    """No draw of a mask was accepted; the message says which rule each draw broke and what to relax."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ class Motion:
     retries: int = 6
 
     def __post_init__(self) -> None:
+        for name in ("coarse_mm", "fine_mm", "mixture_scale", "margin_mm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"motion: {name} must not be negative, got {getattr(self, name)}.")
+        for name in ("coarse_sigma_mm", "fine_sigma_mm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"motion: {name} must be positive, got {getattr(self, name)}.")
         if not 0 < self.shrink <= 1 or self.retries < 0:
             raise ValueError(
                 f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}."
@@ -74,6 +84,15 @@ class Edits:
     prune_probability: float = 0.0
     prune_max_length_mm: float = 40.0
     radius_range: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_probability <= 1 or self.prune_max_length_mm < 0:
+            raise ValueError(
+                "edits: prune_probability must be 0 to 1 and prune_max_length_mm not negative, got "
+                f"{self.prune_probability} and {self.prune_max_length_mm}."
+            )
+        if len(self.radius_range) != 2 or not 0 < self.radius_range[0] <= self.radius_range[1]:
+            raise ValueError(f"edits: radius_range must be [lowest, highest] above 0, got {self.radius_range}.")
 
 
 @dataclass
@@ -127,7 +146,7 @@ class MaskGenerator:
             seed: whole numbers that alone determine the result, for example (seed of the run, index of the mask).
 
         Raises:
-            RuntimeError: when no draw was accepted; says which rule each broke and what to relax.
+            NotAcceptedError: when no draw was accepted.
         """
         attempts: list[dict[str, Any]] = []
         for attempt in range(self.motion.retries + 1):
@@ -141,7 +160,7 @@ class MaskGenerator:
                 return Generated(candidate.label_map, displacement, record)
             logger.info("mask %s, scale %.2f rejected: %s", tuple(seed), drawn["scale"], "; ".join(broken))
         reasons = "; ".join(f"scale {a['scale']:.2f}: {', '.join(a['rejected'])}" for a in attempts)
-        raise RuntimeError(
+        raise NotAcceptedError(
             f"no mask accepted for seed {tuple(seed)} after {len(attempts)} draws ({reasons}); lower the amplitudes of "
             "`motion`, allow more retries, or relax the rule that is named most often in `rules`"
         )
@@ -211,7 +230,7 @@ class MaskGenerator:
         candidate.repaired[k] = 1 - vessel.sum() / max(drawn.sum(), 1)
         candidate.vessels[k] = {
             "length_mm": tree_length_mm(tree),
-            "volume_ratio": float(vessel.sum() * spacing.prod() / expected),
+            "expected_mm3": expected,
             "radius_factor": float(factor),
             "pruned_branches": pruned,
         }
@@ -228,7 +247,8 @@ class MaskGenerator:
                 mask = label_map == k
                 kept = largest_components(mask, wanted[k][0])
                 label_map[:] = fill_nearest(label_map, mask & ~kept)
-                kept = fill_cavities(kept) & ((label_map == k) | (label_map == 0))
+                if wanted[k][2] == 0:
+                    kept = fill_cavities(kept) & ((label_map == k) | (label_map == 0))
                 label_map[label_map == k] = 0
                 label_map[without_handles(kept, label_map == 0, self.reference.spacing_mm, wanted[k][1])] = k
             if not wrong:
@@ -243,6 +263,8 @@ class MaskGenerator:
         reference, new = self.reference, candidate.label_map
         anatomy = measure_anatomy(new, reference.structures, reference.spacing_mm)
         others = [reference.label_map, *(neighbour.label_map for neighbour in self.neighbours)]
+        for k, vessel in candidate.vessels.items():
+            vessel["volume_ratio"] = anatomy.volume_mm3.get(k, 0.0) / vessel["expected_mm3"]
         dices = [mean_dice(new, other, reference.walls) for other in others]
         det = float(jacobian_determinant(displacement).min())
         measured = {

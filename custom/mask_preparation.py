@@ -215,7 +215,7 @@ def _check_intent(prepared: LabelMap, structures: Mapping[int, Structure]) -> No
         if components != structure.components:
             raise ValueError(
                 f"{where} has {components} components, {structure.components} are intended; correct the reference, or "
-                f"keep it as it is with components={components} or keep=true."
+                f"change the structure for all references: components={components}, or keep=true to take it as it is."
             )
         if cavities or handles > structure.max_handles:
             raise ValueError(

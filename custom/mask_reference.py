@@ -64,17 +64,27 @@ class Reference:
         spacing_mm: voxel size along each axis, mm.
 
     Raises:
-        ValueError: when a tubular label is no forest (it has handles or cavities).
+        ValueError: when a tubular label is no forest (handles, cavities, no length), a label that must be
+            touched is absent, or the map is a single slice.
     """
 
     def __init__(
         self, label_map: LabelMap, structures: Mapping[int, Structure], *, spacing_mm: Sequence[float]
     ) -> None:
+        if min(label_map.shape) < 2:
+            raise ValueError(f"label_map must have two voxels along each axis, got {label_map.shape}; use a volume.")
         self.label_map, self.spacing_mm = label_map, [float(s) for s in spacing_mm]
         self.structures = {k: s for k, s in structures.items() if (label_map == k).any()}
         self.anatomy: Anatomy = measure_anatomy(label_map, self.structures, self.spacing_mm)
         self.vessels = [k for k, s in self.structures.items() if s.tubular]
         self.walls = _walls(self.structures)
+        for k, structure in self.structures.items():
+            absent = [other for other in structure.touches if not (label_map == other).any()]
+            if absent:
+                raise ValueError(
+                    f"label {k} ({structure.name}) must touch {absent}, which the map does not hold; correct the "
+                    "reference, or take it out of touches."
+                )
         for k in self.vessels:
             if self.anatomy.betti[k][1:] != (0, 0):
                 raise ValueError(
@@ -89,9 +99,15 @@ class Reference:
 
     def _tree(self, k: int) -> VesselTree:
         tree = read_tree(self.label_map == k, self.spacing_mm)
-        targets = [other for other in self.structures[k].touches if (self.label_map == other).any()]
-        if targets:
-            return anchored(tree, np.isin(self.label_map, targets), self.spacing_mm)
+        for other in self.structures[k].touches:
+            tree = anchored(tree, self.label_map == other, self.spacing_mm)
+        if tree_volume_mm3(tree) == 0:
+            raise ValueError(
+                f"label {k} ({self.structures[k].name}) has no length, which no vessel is without; correct the reference, "
+                "or set tubular=false."
+            )
+        if self.structures[k].touches:
+            return tree
         number = tree.trees()
         widest = [np.flatnonzero(number == t)[tree.radii_mm[number == t].argmax()] for t in range(number.max() + 1)]
         return VesselTree(tree.points_mm, tree.radii_mm, tree.edges, np.array(widest, np.intp))
@@ -109,6 +125,8 @@ def fill_nearest(label_map: LabelMap, removed: BoolArray) -> LabelMap:
 
 def _distance_near(mask: BoolArray, spacing_mm: Sequence[float]) -> torch.Tensor:
     """Signed distance in mm, exact near the mask; beyond `_REACH_MM` of its bounding box a lower bound of it."""
+    if not mask.any():
+        return torch.full(mask.shape, _REACH_MM)
     margins = [int(np.ceil(_REACH_MM / s)) for s in spacing_mm]
     box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(bounding_box(mask), margins, strict=True))
     distance = np.full(mask.shape, _REACH_MM, np.float32)

@@ -59,19 +59,17 @@ def _write_pictures(root: Path, records: Sequence[Mapping[str, Any]], vessel_lab
 
 
 def summarise_masks(
-    cases: Sequence[Mapping[str, Any]],
     *,
     output_dir: str,
     provenance: Mapping[str, Any],
     vessel_labels: Sequence[int],
     tracking_uri: str,
 ) -> dict[str, float]:
-    """Write `summary.csv`, `pictures/masks.png`, an MLflow run and, last, `datalist.json` from the records of a run.
+    """Write `summary.csv`, `pictures/masks.png`, an MLflow run and, last, `datalist.json` from all records of a run.
 
     Args:
-        cases: all cases of the run (`generation_cases`), each with its record.
         output_dir: of the run.
-        provenance: what `claim_folder` returned; becomes part of the datalist.
+        provenance: what `claim_folder` returned; becomes part of the datalist. "with_image" tells whether there are.
         vessel_labels: ids of the projection in the pictures.
         tracking_uri: of MLflow.
 
@@ -82,8 +80,7 @@ def summarise_masks(
         RuntimeError: when masks were not accepted, naming them and the reason of the first; the others are written.
     """
     root = Path(output_dir)
-    records = [json.loads((root / RECORDS / f"{case['case']}.json").read_text()) for case in cases]
-    records.sort(key=lambda record: record["case"])
+    records = [json.loads(path.read_text()) for path in sorted((root / RECORDS).glob("*.json"))]
     accepted = [record for record in records if record["accepted"]]
     _write_table(root / "summary.csv", [_row(record) for record in records])
     retries = [record["retries"] for record in accepted]
@@ -102,10 +99,9 @@ def summarise_masks(
         mlflow.log_metrics({k: v for k, v in measures.items() if np.isfinite(v)})
         if accepted:
             mlflow.log_artifact(str(_write_pictures(root, accepted, vessel_labels)))
-    with_image = any("image" in case for case in cases)
     items = [
         {"label": f"{MASKS}/{r['case']}.nii.gz", "source": r["source"], "record": f"{RECORDS}/{r['case']}.json"}
-        | ({"image": f"{IMAGES}/{r['case']}.nii.gz"} if with_image else {})
+        | ({"image": f"{IMAGES}/{r['case']}.nii.gz"} if provenance["with_image"] else {})
         for r in accepted
     ]
     write_json(root / "datalist.json", {"training": items, "provenance": dict(provenance)})

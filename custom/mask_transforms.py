@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, ResampleToMatch, Spacing, Transform
+from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleToMatch, Spacing, Transform
 
 from custom.acceptance import Rules
-from custom.checks import file_of
+from custom.checks import LoadVolumesd, file_of
 from custom.datalists import case_name
 from custom.deformation import identity_coordinates
-from custom.mask_generation import Edits, Generated, MaskGenerator, Motion
+from custom.mask_generation import Edits, Generated, MaskGenerator, Motion, NotAcceptedError
 from custom.mask_preparation import LabelMap, Structure, prepare_label_map
 from custom.mask_reference import Neighbour, Reference, register_neighbour
 from custom.records import content_hash, replace_file, write_json
@@ -71,6 +72,21 @@ def generation_cases(
         }
         cases.append(case | {key: references[source][key] for key in ("image",) if key in references[source]})
     return sorted(cases, key=lambda case: case["index"] % total)
+
+
+def unfinished(cases: Sequence[dict[str, Any]], output_dir: str) -> list[dict[str, Any]]:
+    """Cases that are still to be made: without record, or accepted but without the files."""
+    root, left = Path(output_dir), []
+    for case in cases:
+        record = root / RECORDS / f"{case['case']}.json"
+        folders = [MASKS, IMAGES][: 1 + ("image" in case)]
+        files = [root / folder / f"{case['case']}.nii.gz" for folder in folders]
+        done = record.exists() and (
+            not json.loads(record.read_text())["accepted"] or all(file.exists() for file in files)
+        )
+        if not done:
+            left.append(case)
+    return left
 
 
 class PrepareMaskd(Transform):
@@ -159,7 +175,7 @@ class GenerateMaskd(Transform):
         with_image: also deform `image`, the file of the source's image; adds it as `image`.
 
     Raises:
-        ValueError: on an unknown rule or structure.
+        ValueError: on an unknown rule or structure, and on a negative seed.
     """
 
     def __init__(
@@ -173,9 +189,11 @@ class GenerateMaskd(Transform):
         cache_dir: str,
         with_image: bool = False,
     ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}.")
         self.structures, self.seed, self.motion, self.edits = by_number(structures), seed, motion, edits
         self.rules, self.cache_dir, self.with_image = Rules.from_config(rules), Path(cache_dir), with_image
-        self.read = Compose([LoadImage(), EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
+        self.orient = Compose([EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
         self._source: tuple[str, MaskGenerator] | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -185,7 +203,7 @@ class GenerateMaskd(Transform):
             generator = self._generator(item)
             try:
                 made = generator((self.seed, item["index"]))
-            except RuntimeError as error:
+            except NotAcceptedError as error:
                 logger.error("%s: %s", item["case"], error)
                 item["record"] = {"accepted": False, "reason": str(error)}
                 return item
@@ -201,15 +219,18 @@ class GenerateMaskd(Transform):
         name = file_of(item["label"])
         if self._source is None or self._source[0] != name:
             label = item["label"]
-            reference = Reference(label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist())
-            neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]
+            try:
+                reference = Reference(label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist())
+                neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             generator = MaskGenerator(reference, neighbours, motion=self.motion, edits=self.edits, rules=self.rules)
             self._source = (name, generator)
         return self._source[1]
 
     def _neighbour(self, reference: Reference, label: MetaTensor, path: str) -> Neighbour:
         """Another prepared reference on the source's spacing, registered or read from the cache."""
-        volume = self.read(path)
+        volume = self.orient(LoadVolumesd("label")({"label": path})["label"])
         if not torch.allclose(volume.pixdim, label.pixdim, atol=1e-3):
             logger.info("%s is resampled from %s to %s mm", path, volume.pixdim.tolist(), label.pixdim.tolist())
             volume = Spacing(pixdim=label.pixdim.tolist(), mode="nearest")(volume)
@@ -226,7 +247,7 @@ class GenerateMaskd(Transform):
         return neighbour
 
     def _deformed_image(self, item: Mapping[Hashable, Any], made: Generated) -> MetaTensor:
-        image = self.read(item["image"])
+        image = self.orient(LoadVolumesd("image")({"image": item["image"]})["image"])
         if image.shape != item["label"].shape or not torch.allclose(image.affine, item["label"].affine, atol=1e-3):
             image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, item["label"])
         where = identity_coordinates(made.displacement.shape[2:]) + made.displacement

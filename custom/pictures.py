@@ -36,7 +36,7 @@ def vessel_projection(image: np.ndarray, label: np.ndarray, vessel_labels: Seque
 
 
 def vessel_depth(label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
-    """Front view (H, D, 3) of vessels before the silhouette of all labels, brighter where they lie nearer."""
+    """Front view (D, H, 3) of vessels before the silhouette of all labels, brighter where they lie nearer."""
     body, vessel = label > 0, np.isin(label, vessel_labels)
     depth = np.linspace(0.35, 1.0, label.shape[1])[None, :, None]
     front = np.flip(np.rot90((vessel * depth).max(1)), 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["claim_folder", "content_hash", "plain_values", "replace_file", "write_json"]
+__all__ = ["claim_folder", "content_hash", "file_hashes", "plain_values", "replace_file", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -35,6 +35,12 @@ def content_hash(*parts: bytes) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
+
+
+def file_hashes(cases: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
+    """File -> `content_hash` of what it holds, for all files that cases name under `keys`."""
+    files = sorted({str(case[key]) for case in cases for key in keys if key in case})
+    return {file: content_hash(Path(file).read_bytes()) for file in files}
 
 
 def plain_values(value: Any) -> Any:
@@ -71,10 +77,12 @@ def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -
         if differing:
             changes = "; ".join(f"{k}: {found.get(k)} there, {wanted.get(k)} now" for k in differing)
             raise ValueError(
-                f"{record} belongs to another run ({changes}); repeat its options to go on, or choose another "
-                "output_dir"
+                f"{record} belongs to another run ({changes}); repeat its options to go on, choose another output_dir, "
+                f"or delete {root} if nothing in it is needed"
             )
-        return wanted
+        return found
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"output_dir {root} is a file; choose a folder")
     other = [path for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
     if other:
         raise ValueError(

@@ -109,6 +109,7 @@ def mixture_coefficients(weights: Tensor, generator: torch.Generator, *, max_z: 
     centred = samples - samples.mean(0)
     _, directions = torch.linalg.eigh(centred @ centred.T)  # the rows sum to 0: the smallest eigenvalue is 0
     directions = directions.flip(1)[:, :-1]
+    directions = directions - directions.mean(0)  # several eigenvalues are 0 when registrations depend on each other
     peak = directions.abs().argmax(0, keepdim=True)
     directions = directions * directions.gather(0, peak).sign()  # an eigenvector's sign is arbitrary
     z = torch.randn(count - 1, generator=generator, dtype=torch.float64)

@@ -136,23 +136,31 @@ def anchored(tree: VesselTree, target: ArrayLike, spacing_mm: Sequence[float]) -
         spacing_mm: voxel size along each axis, mm.
 
     Returns:
-        The tree with one more point for each of its trees, its root, with the radius of the point it is linked to.
+        The tree with one more point for each of its trees, with the radius of the point it is linked to. These are the
+        roots, unless the tree had roots before; no two of them are neighbours, or the trees would grow together.
 
     Raises:
-        ValueError: if `target` is not 3D or is empty.
+        ValueError: if `target` is not 3D, is empty, or has too few voxels for all trees.
     """
-    voxels = np.argwhere(as_mask("target", target)) * np.array(spacing_mm, float)
+    voxels, spacing = np.argwhere(as_mask("target", target)), np.array(spacing_mm, float)
     if len(voxels) == 0:
         raise ValueError("target must not be empty: there is nothing that the vessels could touch; check its label.")
-    distance, nearest = cKDTree(voxels).query(tree.points_mm)
+    distance = cKDTree(voxels * spacing).query(tree.points_mm)[0]
     number = tree.trees()
-    ends = np.array([np.flatnonzero(number == k)[distance[number == k].argmin()] for k in range(number.max() + 1)])
-    roots = np.arange(len(ends)) + len(tree.points_mm)
+    ends, chosen = [], np.zeros((0, 3), np.intp)
+    for k in range(number.max() + 1):
+        ends.append(int(np.flatnonzero(number == k)[distance[number == k].argmin()]))
+        free = (np.abs(voxels[:, None] - chosen).max(2) > 1).all(1)
+        if not free.any():
+            raise ValueError(f"target has no voxel left for tree {k}, apart from the roots of the others; enlarge it.")
+        nearest = np.linalg.norm(voxels[free] * spacing - tree.points_mm[ends[-1]], axis=1).argmin()
+        chosen = np.concatenate([chosen, voxels[free][nearest][None]])
+    new = np.arange(len(ends)) + len(tree.points_mm)
     return VesselTree(
-        np.concatenate([tree.points_mm, voxels[nearest[ends]]]),
+        np.concatenate([tree.points_mm, chosen * spacing]),
         np.concatenate([tree.radii_mm, tree.radii_mm[ends]]),
-        np.concatenate([tree.edges, np.stack([ends, roots], 1)]),
-        roots,
+        np.concatenate([tree.edges, np.stack([ends, new], 1)]),
+        tree.roots if len(tree.roots) else new,
     )
 
 

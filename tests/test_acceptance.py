@@ -51,7 +51,8 @@ def test_the_source_itself_breaks_nothing():
     ],
 )
 def test_each_change_of_anatomy_is_named(new, message):
-    assert any(message in line for line in broken(new)), broken(new)
+    lines = broken(new, replace(Rules(), wall_thickness_ratio=(0.8, 1.25)))
+    assert any(message in line for line in lines), lines
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,22 @@ def test_topology_and_attachment_cannot_be_switched_off():
 
 
 def test_small_contacts_may_come_and_go():
-    label = anatomy_map()
-    label[15, 16, 0] = 1  # one voxel of chamber apart
-    rules = replace(Rules(), min_contact_mm2=1e6)
-    assert not any("contact" in line for line in broken(anatomy_map(wall=ball(11) & ~ball(9)), rules=rules))
+    apart = anatomy_map(chamber=ball(5), wall=ball(11) & ~ball(9))
+    touching = anatomy_map(chamber=ball(5) | tube((0, 0, 0), (9, 0, 0), 0.5), wall=ball(11) & ~ball(9))
+    source = measure_anatomy(apart, STRUCTURES, SPACING)
+    area = measure_anatomy(touching, STRUCTURES, SPACING).contacts_mm2[1, 3]
+    assert 0 < area < 50
+
+    def contact_lines(limit):
+        new = measure_anatomy(touching, STRUCTURES, SPACING)
+        return [
+            line
+            for line in violations(new, source, STRUCTURES, replace(Rules(), min_contact_mm2=limit), FINE)
+            if "contact" in line
+        ]
+
+    assert contact_lines(area + 1) == []
+    assert contact_lines(area) == [f"min_contact_mm2: chamber and wall share {area:.0f} mm2, in the source 0"]
 
 
 @pytest.mark.parametrize("thickness", [2, 4, 8])
@@ -86,6 +99,14 @@ def test_the_thickness_of_a_plate_is_its_thickness(thickness):
     plate[:, :, 5 : 5 + thickness] = True  # its rim is thinner: the mean over 60 x 60 voxels a little lower
     assert wall_thickness_mm(plate, SPACING) == pytest.approx(thickness, rel=0.1)
     assert wall_thickness_mm(plate, (2.0, 2.0, 2.0)) == pytest.approx(2 * thickness, rel=0.1)
+    thick = np.repeat(plate, 2, axis=0)
+    for axis in range(3):  # anisotropic voxels, and the plate along each axis
+        spacing = np.roll([0.5, 1.0, 1.0], axis)
+        turned = np.moveaxis(thick, [0, 1, 2], np.roll([0, 1, 2], -axis))
+        assert wall_thickness_mm(turned, tuple(spacing)) == pytest.approx(thickness, rel=0.1)
+    slices = np.zeros((60, 60, 12), bool)
+    slices[20 : 20 + thickness] = True
+    assert wall_thickness_mm(slices, (1.4, 1.4, 8.0)) == pytest.approx(1.4 * thickness, rel=0.1)
     assert np.isnan(wall_thickness_mm(np.zeros_like(plate), SPACING))
 
 
@@ -101,6 +122,8 @@ def test_mean_dice_is_over_labels_that_either_map_holds():
     [
         ({"max_dise": 0.9}, r"rules: \['max_dise'\] do not exist; the rules are \['min_det_jacobian'"),
         ({"volume_ratio": [2.0, 0.5]}, r"volume_ratio must be \[lowest, highest\] or null, got \[2.0, 0.5\]"),
+        ({"max_dice": [0.5]}, r"max_dice must be a number or null, got \[0.5\]"),
+        ({"volume_ratio": 0.5}, r"volume_ratio must be \[lowest, highest\] or null, got 0.5"),
         ({"volume_ratio": [0.5]}, r"volume_ratio must be \[lowest, highest\] or null"),
     ],
 )

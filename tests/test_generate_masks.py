@@ -182,6 +182,10 @@ def test_what_is_rejected_is_told_at_the_end_and_the_rest_is_kept(cohort, tmp_pa
     ("overrides", "message"),
     [
         ({"count": 0}, "count must be at least 1, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"motion#fine_mm": -2}, "motion: fine_mm must not be negative, got -2"),
+        ({"edits#prune_probability": 2}, "edits: prune_probability must be 0 to 1"),
+        ({"spacing_mm": 2.5}, "spacing_mm must be three lengths in mm, one per axis, got 2.5"),
         ({"rules#max_dise": 0.5}, "rules: ['max_dise'] do not exist"),
         ({"neighbours": -1}, "neighbours must not be negative, got -1"),
         ({"reference_section": "trainig"}, "no case in section 'trainig'"),
@@ -190,7 +194,50 @@ def test_what_is_rejected_is_told_at_the_end_and_the_rest_is_kept(cohort, tmp_pa
 def test_wrong_options_are_refused_and_nothing_is_written(cohort, tmp_path, overrides, message):
     with fails_with(message):
         generate(cohort / "datalist.json", tmp_path / "out", **overrides)
-    assert not (tmp_path / "out/masks").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_does_not_fit_its_mask_is_refused(cohort, tmp_path):
+    shutil.copy(cohort / "labels/subject_000.nii.gz", tmp_path / "label.nii.gz")
+    image, affine = values(nib.load(cohort / "images/subject_000.nii.gz")), np.diag([2.5, 2.5, 2.5, 1.0])
+    for name, volume, message in (
+        ("shifted", nib.Nifti1Image(image, affine + np.eye(4, k=3) * 500), "must share one grid"),
+        ("windowed", nib.Nifti1Image(image.clip(0, 255), affine), "are not Hounsfield units"),
+    ):
+        nib.save(volume, tmp_path / f"{name}.nii.gz")
+        case = {"image": f"{name}.nii.gz", "label": "label.nii.gz"}
+        (tmp_path / "list.json").write_text(json.dumps({"training": [case]}))
+        with fails_with(message):
+            generate(tmp_path / "list.json", tmp_path / name, with_image=True)
+        assert not (tmp_path / name / "masks").exists()
+
+
+def test_a_deleted_mask_is_made_again_and_a_smaller_count_forgets_none(made, cohort, tmp_path):
+    shutil.copytree(made, tmp_path / "out")
+    before = values(masks(made)["mask_0001.nii.gz"])
+    (tmp_path / "out/masks/mask_0001.nii.gz").unlink()
+    generate(cohort / "datalist.json", tmp_path / "out", count=2, with_image=True, summary=True)
+    np.testing.assert_array_equal(values(masks(tmp_path / "out")["mask_0001.nii.gz"]), before)
+    assert len(json.loads((tmp_path / "out/datalist.json").read_text())["training"]) == 3
+
+
+def test_a_reference_that_changed_since_is_another_run(cohort, tmp_path):
+    shutil.copy(cohort / "labels/subject_000.nii.gz", tmp_path / "a.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"label": "a.nii.gz"}]}))
+    generate(tmp_path / "list.json", tmp_path / "out", count=1)
+    shutil.copy(cohort / "labels/subject_001.nii.gz", tmp_path / "a.nii.gz")
+    with fails_with("belongs to another run (references: "):
+        generate(tmp_path / "list.json", tmp_path / "out", count=2)
+
+
+def test_a_program_error_is_not_taken_for_a_rejection(cohort, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr("custom.mask_generation.exponentiate", fail)
+    with fails_with("can't allocate memory"):
+        generate(cohort / "datalist.json", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("records/*"))
 
 
 def spoiled(label, how):

@@ -9,7 +9,7 @@ from shapes import torus
 
 from custom.acceptance import Rules
 from custom.deformation import jacobian_determinant, warp
-from custom.mask_generation import Edits, MaskGenerator, Motion
+from custom.mask_generation import Edits, MaskGenerator, Motion, NotAcceptedError
 from custom.mask_preparation import Structure, dice, prepare_label_map
 from custom.mask_reference import Reference, fill_nearest, register_neighbour
 from custom.phantom import make_subject
@@ -124,7 +124,7 @@ def test_without_motion_the_copy_is_refused_and_the_rule_named(phantoms):
     still = Motion(coarse_mm=0.0, fine_mm=0.0, retries=2)
     generator = MaskGenerator(Reference(phantoms[0], HEART, spacing_mm=SPACING), motion=still)
     with pytest.raises(
-        RuntimeError, match=r"no mask accepted for seed \(0, 0\) after 3 draws \(scale 1.00: max_dice: "
+        NotAcceptedError, match=r"no mask accepted for seed \(0, 0\) after 3 draws \(scale 1.00: max_dice: "
     ):
         generator((0, 0))
 
@@ -168,9 +168,72 @@ def test_a_vessel_with_a_loop_is_no_tree():
         Reference(torus().astype(np.uint8), structures, spacing_mm=(1.0, 1.0, 1.0))
 
 
-def test_impossible_motion_is_refused():
-    with pytest.raises(ValueError, match=r"shrink must be in \(0, 1\] and retries at least 0, got 0, 6"):
-        Motion(shrink=0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Motion(shrink=0), r"shrink must be in \(0, 1\] and retries at least 0, got 0, 6"),
+        (lambda: Motion(fine_mm=-1), r"motion: fine_mm must not be negative, got -1"),
+        (lambda: Motion(coarse_sigma_mm=0), r"motion: coarse_sigma_mm must be positive, got 0"),
+        (lambda: Edits(prune_probability=2), r"edits: prune_probability must be 0 to 1 .* got 2 and 40"),
+        (lambda: Edits(radius_range=(2, 1)), r"edits: radius_range must be \[lowest, highest\] above 0, got \(2, 1\)"),
+    ],
+)
+def test_impossible_motion_and_edits_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_trees_that_cross_far_from_their_roots_are_severed_and_refused():
+    """Two vessels pressed together by thick radii: grown from their roots, one would lose its end to the other."""
+    label = np.zeros((30, 30, 40), np.uint8)
+    label[5:25, 5:25, 30:36] = 1
+    label[8:10, 14:16, 4:30], label[20:22, 14:16, 9:30] = 2, 2
+    label[10:26, 14:16, 4:6] = 2  # the longer one bends and passes below the end of the other
+    structures = {1: Structure("heart"), 2: Structure("vessels", components=2, tubular=True, touches=(1,))}
+    reference = Reference(label, structures, spacing_mm=(1.0, 1.0, 1.0))
+    thick = Edits(radius_range=(3.0, 3.0))
+    rules = Rules(**dict.fromkeys(Rules.__dataclass_fields__))
+    still = Motion(coarse_mm=0, fine_mm=0, retries=0)
+    with pytest.raises(NotAcceptedError, match=r"severed: 0\.\d\d of tree [01] of label 2 are cut off"):
+        MaskGenerator(reference, motion=still, edits=thick, rules=rules)((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("label", "structures", "message"),
+    [
+        (np.ones((8, 8, 1), np.uint8), {1: Structure("a")}, r"two voxels along each axis, got \(8, 8, 1\)"),
+        (
+            np.pad(np.ones((3, 3, 3), np.uint8), 4),
+            {1: Structure("blob", tubular=True)},
+            r"label 1 \(blob\) has no length",
+        ),
+        (
+            np.pad(np.ones((3, 3, 3), np.uint8), 4),
+            {1: Structure("a", touches=(2,)), 2: Structure("b")},
+            r"label 1 \(a\) must touch \[2\], which the map does not hold",
+        ),
+    ],
+)
+def test_references_that_cannot_be_deformed_are_refused(label, structures, message):
+    with pytest.raises(ValueError, match=message):
+        Reference(label, structures, spacing_mm=(1.0, 1.0, 1.0))
+
+
+def test_a_map_without_background_is_deformed():
+    label = np.ones((20, 20, 20), np.uint8)
+    label[:, :, 10:] = 2
+    structures = {1: Structure("low"), 2: Structure("high")}
+    made = MaskGenerator(Reference(label, structures, spacing_mm=(2.0, 2.0, 2.0)))((0, 0))
+    assert set(np.unique(made.label_map)) == {1, 2}
+
+
+def test_intended_cavities_stay():
+    label = np.zeros((30, 30, 30), np.uint8)
+    label[5:25, 5:25, 5:25] = 1
+    label[12:18, 12:18, 12:18] = 0
+    reference = Reference(label, {1: Structure("shell", keep=True)}, spacing_mm=(1.0, 1.0, 1.0))
+    made = MaskGenerator(reference, motion=Motion(coarse_mm=3, fine_mm=1, margin_mm=5))((0, 0))
+    assert betti_numbers(made.label_map == 1) == (1, 0, 1)
 
 
 def test_removed_voxels_take_the_nearest_label():

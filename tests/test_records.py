@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from custom.records import claim_folder, content_hash, plain_values, replace_file, write_json
+from custom.records import claim_folder, content_hash, file_hashes, plain_values, replace_file, write_json
 
 
 @dataclass
@@ -56,6 +56,23 @@ def test_another_run_is_refused_and_told_what_differs(tmp_path):
         ValueError, match=r"run.json belongs to another run \(seed: 0 there, 1 now\); repeat its options"
     ):
         claim(tmp_path, seed=1, options=Options((1.0, 2.0), "x"))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file; choose a folder"):
+        claim(tmp_path / "file", seed=0)
+
+
+def test_hashes_of_files_follow_their_content(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("same")
+    cases = [{"label": str(tmp_path / "a"), "case": "x"}, {"label": str(tmp_path / "b")}]
+    first = file_hashes(cases, ["label", "image"])
+    assert list(first) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert len(set(first.values())) == 1
+    (tmp_path / "a").write_text("changed")
+    assert file_hashes(cases, ["label", "image"]) != first
 
 
 def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):

@@ -79,6 +79,15 @@ def test_mixtures_have_the_mean_and_covariance_of_their_samples():
     np.testing.assert_allclose(np.cov(mixed.T), np.cov(samples.T), atol=0.06)
 
 
+def test_registrations_that_depend_on_each_other_are_mixed_as_their_statistics_say():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1, 5, generator=generator).expand(3, -1)
+    mixed = torch.stack([mixture_coefficients(weights, generator, max_z=9.0)[0].sum() for _ in range(5000)])
+    samples = np.array([0.0, 1.0, 1.0, 1.0])  # shares of the one motion there is
+    assert float(mixed.mean()) == pytest.approx(samples.mean(), abs=0.03)
+    assert float(mixed.std()) == pytest.approx(samples.std(ddof=1), rel=0.05)
+
+
 def test_z_is_limited_and_repeats_with_the_seed():
     weights = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
     draws = [mixture_coefficients(weights, torch.Generator().manual_seed(i), max_z=0.5) for i in range(50)]

@@ -69,6 +69,24 @@ def test_an_anchored_tree_touches_its_target_wherever_it_is_drawn():
         anchored(tree, np.zeros_like(target), SPACING)
 
 
+def test_roots_of_two_trees_are_never_neighbours():
+    vessels = tube((-2, 0, -8), (-2, 0, 2), 0.5) | tube((2, 0, -8), (2, 0, 2), 0.5)
+    tree = anchored(read_tree(vessels, SPACING), ball(3, (0, 0, 7)), SPACING)
+    roots = np.rint(tree.points_mm[tree.roots]).astype(int)
+    assert np.abs(roots[0] - roots[1]).max() > 1
+    single = np.zeros_like(vessels)
+    single[15, 16, 21] = True
+    with pytest.raises(ValueError, match=r"no voxel left for tree 1"):
+        anchored(read_tree(vessels, SPACING), single, SPACING)
+
+
+def test_a_second_target_adds_links_and_keeps_the_roots():
+    first = rooted_fork()
+    second = anchored(first, ball(2, (9, 0, 12)), SPACING)
+    np.testing.assert_array_equal(second.roots, first.roots)
+    assert len(second.points_mm) == len(first.points_mm) + 1
+
+
 def rooted_fork():
     return anchored(read_tree(fork(), SPACING), ball(2, (0, 0, -13)), SPACING)
 
