@@ -227,7 +227,7 @@ class MaskGenerator:
         last = np.array(drawn.shape) - 1
         seeds[tuple(np.clip(np.rint(tree.points_mm[tree.roots] / spacing).astype(int), 0, last).T)] = True
         vessel = grow(seeds, drawn)
-        candidate.repaired[k] = 1 - vessel.sum() / max(drawn.sum(), 1)
+        candidate.repaired[k] = 1 - float(vessel.sum()) / max(float(drawn.sum()), 1.0)
         candidate.vessels[k] = {
             "length_mm": tree_length_mm(tree),
             "expected_mm3": expected,
