@@ -31,7 +31,11 @@ def case_name(path: str) -> str:
 
 
 def load_cases(
-    datalists: Sequence[str] | str, section: str, keys: Sequence[str] = ("image", "label"), limit: int | None = None
+    datalists: Sequence[str] | str,
+    section: str,
+    keys: Sequence[str] = ("image", "label"),
+    limit: int | None = None,
+    extras: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Read cases from decathlon-style datalists; relative paths are relative to their datalist.
 
@@ -40,6 +44,7 @@ def load_cases(
         section: list to read, for example "training"; a datalist without it adds nothing.
         keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
         limit: at most so many cases of each datalist.
+        extras: further entries to keep as they are, where a case has them.
 
     Returns:
         one dictionary a case: `keys` as absolute paths, `case` (name of its label file) and `weight`.
@@ -64,7 +69,8 @@ def load_cases(
             if absent:
                 raise ValueError(f"{datalist}: a case of {section!r} has no {absent}; every case needs {list(keys)}")
             files = {key: os.path.join(base, item[key]) for key in keys}
-            cases.append({**files, "case": case_name(item["label"]), "weight": float(item.get("weight", 1.0))})
+            more = {key: item[key] for key in extras if key in item}
+            cases.append({**files, **more, "case": case_name(item["label"]), "weight": float(item.get("weight", 1.0))})
     if not cases:
         raise ValueError(f"{datalists}: no case in section {section!r}; check the section names")
     check_files(cases, str(datalists))

@@ -103,7 +103,7 @@ class Reference:
             tree = anchored(tree, self.label_map == other, self.spacing_mm)
         if tree_volume_mm3(tree) == 0:
             raise ValueError(
-                f"label {k} ({self.structures[k].name}) has no length, which no vessel is without; correct the reference, "
+                f"label {k} ({self.structures[k].name}) has no length, as every vessel has; correct the reference, "
                 "or set tubular=false."
             )
         if self.structures[k].touches:

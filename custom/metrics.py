@@ -31,7 +31,9 @@ def grain_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labe
     return noise_sd(rendered, inside) / reference if reference > 0 else float("nan")
 
 
-def _vessels(truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def vessel_regions(
+    truth: np.ndarray, label: np.ndarray, labels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks of the vessels, of the tissue around them, and of where they are searched.
 
     Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung in the
@@ -50,7 +52,7 @@ def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.nda
 
     NaN when either is empty or the true image has no contrast there.
     """
-    vessel, around, _ = _vessels(truth, label, labels)
+    vessel, around, _ = vessel_regions(truth, label, labels)
     if not vessel.any() or not around.any():
         return float("nan")
     contrasts = [float(image[vessel].mean() - image[around].mean()) for image in (rendered, truth)]
@@ -63,7 +65,7 @@ def vessel_cl_dice(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, l
     The threshold lies half-way between the true vessels and the tissue around them. NaN when either is empty. The
     true image itself does not reach 1: thin branches vanish in partial volume and noise.
     """
-    vessel, around, searched = _vessels(truth, label, labels)
+    vessel, around, searched = vessel_regions(truth, label, labels)
     if not vessel.any() or not around.any():
         return float("nan")
     threshold = (truth[vessel].mean() + truth[around].mean()) / 2

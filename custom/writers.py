@@ -42,14 +42,18 @@ class SaveVolumed(Transform):
     """Write a volume as `<output_dir>/<case>.nii.gz` with its own affine.
 
     Args:
-        key: the volume, (1, H, W, D); it is rounded.
+        key: the volume, (1, H, W, D); it is rounded to `digits` after the point.
         output_dir: made when absent.
         dtype: of the file, "int16" for HU, "uint8" for label maps.
+        digits: 0 for whole numbers.
         original_axes: turn the axes back to the order and direction of the file that the volume was read from.
     """
 
-    def __init__(self, key: str, *, output_dir: str, dtype: str = "int16", original_axes: bool = False) -> None:
-        self.key, self.output_dir, self.dtype, self.original_axes = key, output_dir, dtype, original_axes
+    def __init__(
+        self, key: str, *, output_dir: str, dtype: str = "int16", digits: int = 0, original_axes: bool = False
+    ) -> None:
+        self.key, self.output_dir, self.dtype, self.digits = key, output_dir, dtype, digits
+        self.original_axes = original_axes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case. Not by `SaveImage`: it turns a full disk into advice to install other writers.
@@ -63,7 +67,9 @@ class SaveVolumed(Transform):
             codes = "".join(aff2axcodes(np.asarray(volume.meta["original_affine"])))
             volume = Orientation(axcodes=codes, labels=None)(volume)
         writer = AtomicNibabelWriter(output_dtype=self.dtype)
-        writer.data_obj = torch.round(volume[0])  # `set_data_array` would drop a last axis of one voxel
+        writer.data_obj = torch.round(
+            volume[0], decimals=self.digits
+        )  # `set_data_array` would drop a last axis of one voxel
         writer.set_metadata(volume.meta, resample=False)
         writer.write(os.path.join(self.output_dir, f"{data['case']}.nii.gz"))
         return dict(data)

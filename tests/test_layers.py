@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "metrics",
         "template",
         "pictures",
+        "quality",
         "records",
         "residual",
     }
@@ -41,6 +42,7 @@ LAYERS: list[set[str]] = [
         "mask_transforms",
         "pairs",
         "report",
+        "synthesis",
         "transforms",
         "writers",
     },

@@ -1,0 +1,123 @@
+"""Layer 1: whether a synthetic image may join a training set: measured in the image, not in the mask. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from custom.metrics import texture_correlation, vessel_regions
+from custom.template import label_statistics
+from custom.thinning import skeleton
+
+__all__ = ["Gate", "examine", "rejections"]
+
+Volume = NDArray[np.float32]
+_SMOOTHING_VOXELS = 0.7
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits of acceptance; None switches one off.
+
+    Attributes:
+        max_label_error_hu: largest difference of a label's mean from the template's (thin labels apart).
+        hu_ranges: label id -> lowest and highest plausible mean, HU.
+        max_score_hu: largest sample score.
+        min_vessel_contrast: smallest contrast of thin labels over their surroundings, as a share of the template's.
+        min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast.
+        max_template_copy: largest correlation of fine texture with the template inside the labels: no copies.
+    """
+
+    max_label_error_hu: float | None = 60.0
+    hu_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    max_score_hu: float | None = None
+    min_vessel_contrast: float | None = 0.5
+    min_vessel_continuity: float | None = 0.7
+    max_template_copy: float | None = 0.8
+
+    @classmethod
+    def from_config(cls, limits: Mapping[str, Any]) -> Gate:
+        """A gate from a config dictionary; limits not named keep their default.
+
+        Raises:
+            ValueError: naming an unknown limit and all that exist.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(limits) - set(known))
+        if unknown:
+            raise ValueError(f"gate: {unknown} do not exist; the limits are {known}")
+        ranges = {int(k): (float(v[0]), float(v[1])) for k, v in limits.get("hu_ranges", {}).items()}
+        return cls(**{**limits, "hu_ranges": ranges})
+
+
+def examine(
+    image: Volume,
+    label: NDArray[np.int64],
+    *,
+    template_means: Sequence[float],
+    template_image: Volume | None,
+    thin_labels: Sequence[int],
+) -> dict[str, Any]:
+    """Measures an image that a gate judges.
+
+    Args:
+        image: (H, W, D) HU.
+        label: (H, W, D) ids.
+        template_means: mean HU of each label in the template, NaN where it has none.
+        template_image: (H, W, D) HU, aligned with the image; None without a template.
+        thin_labels: ids of vessels.
+
+    Returns:
+        "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "vessel_contrast",
+        "vessel_continuity" and "template_copy"; NaN where there is nothing to measure.
+    """
+    means = label_statistics(torch.from_numpy(image), torch.from_numpy(label), len(template_means))[:, 0].numpy()
+    present = [k for k in np.unique(label).tolist() if k > 0 and np.isfinite(means[k])]
+    vessel, around, _ = vessel_regions(image, label, thin_labels)
+    contrast = continuity = copy = float("nan")
+    wanted = np.nanmean([template_means[k] for k in thin_labels]) if thin_labels else float("nan")
+    if vessel.any() and around.any() and np.isfinite(wanted):
+        level = float(image[around].mean())
+        contrast = float((image[vessel].mean() - level) / (wanted - level))
+        smooth = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
+        continuity = float((smooth[skeleton(vessel)] > (wanted + level) / 2).mean())
+    if template_image is not None and present:
+        copy = texture_correlation(image, template_image, label > 0)
+    return {
+        "label_mean_hu": {k: float(means[k]) for k in present},
+        "label_error_hu": {
+            k: float(means[k] - template_means[k])
+            for k in present
+            if k not in thin_labels and np.isfinite(template_means[k])
+        },
+        "vessel_contrast": contrast,
+        "vessel_continuity": continuity,
+        "template_copy": copy,
+    }
+
+
+def rejections(measures: Mapping[str, Any], score_hu: float, gate: Gate) -> list[str]:
+    """Every limit that an image breaks, with value and limit; empty when it may join. What is NaN breaks nothing."""
+    broken = []
+    for k, error in measures["label_error_hu"].items():
+        if gate.max_label_error_hu is not None and abs(error) > gate.max_label_error_hu:
+            broken.append(f"max_label_error_hu: label {k} is {error:+.0f} HU off its template")
+    for k, (low, high) in gate.hu_ranges.items():
+        mean = measures["label_mean_hu"].get(k)
+        if mean is not None and not low <= mean <= high:
+            broken.append(f"hu_ranges: label {k} has {mean:.0f} HU, plausible are {low:.0f} to {high:.0f}")
+    lowest = {"vessel_contrast": gate.min_vessel_contrast, "vessel_continuity": gate.min_vessel_continuity}
+    for name, limit in lowest.items():
+        if limit is not None and measures[name] < limit:
+            broken.append(f"min_{name}: {measures[name]:.2f}, at least {limit}")
+    if gate.max_template_copy is not None and measures["template_copy"] > gate.max_template_copy:
+        broken.append(f"max_template_copy: {measures['template_copy']:.2f}, at most {gate.max_template_copy}")
+    if gate.max_score_hu is not None and score_hu > gate.max_score_hu:
+        broken.append(f"max_score_hu: {score_hu:.1f}, at most {gate.max_score_hu}")
+    return broken

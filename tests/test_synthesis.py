@@ -1,0 +1,228 @@
+"""Synthetic data sets: templates chosen, confidence calibrated, images gated, nothing lost between runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_bundle import fails_with, template_of
+
+from custom.networks import StructDiffUNet
+from custom.quality import Gate, examine, rejections
+from custom.synthesis import synthesis_cases
+from custom.uncertainty import EDGE_BINS_MM
+
+CONFIGS = ("inference.json", "synthesize.json")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of a network that adds 10 HU of noise to the prior."""
+    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
+    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
+    directory = tmp_path_factory.mktemp("weights")
+    torch.save(network.state_dict(), directory / "model.pt")
+    return directory
+
+
+def options(cohort, weights, folder):
+    return {
+        **TINY,
+        "mask_datalist": str(folder / "masks.json"),
+        "template_datalist": str(cohort / "datalist.json"),
+        "ckpt_dir": str(weights),
+        "sampling_steps": 2,
+        "strides": [2, 3],
+        "gate#min_vessel_contrast": None,
+        "gate#min_vessel_continuity": None,
+    }
+
+
+def run(workflow, *names, **overrides):
+    work = workflow(*names, workflow_type="infer", **overrides)
+    work.run()
+    work.finalize()
+
+
+@pytest.fixture
+def masks(cohort, tmp_path):
+    """A list of two masks, one with an id that the mapping drops, on an LPS grid."""
+    for index in (2, 3):
+        image = nib.load(cohort / f"labels/subject_00{index}.nii.gz")
+        label = np.asarray(image.dataobj).astype(np.uint8)[::-1, ::-1].copy()
+        label[:3, :3, :3] = 11
+        affine = image.affine @ np.diag([-1, -1, 1, 1])
+        nib.save(nib.Nifti1Image(label, affine), tmp_path / f"mask_{index}.nii.gz")
+    items = [{"label": f"mask_{index}.nii.gz", "source": str(cohort / "labels/subject_001.nii.gz")} for index in (2, 3)]
+    (tmp_path / "masks.json").write_text(json.dumps({"training": items}))
+    return tmp_path
+
+
+def calibrate(workflow, cohort, weights, folder, **overrides):
+    run(
+        workflow,
+        *CONFIGS,
+        "calibrate.json",
+        **(options(cohort, weights, folder) | {"mask_datalist": str(cohort / "datalist.json")} | overrides),
+    )
+
+
+@pytest.mark.parametrize("method", ["predicted_variance", "skip_sampling"])
+def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights, masks, tmp_path, method):
+    table = tmp_path / "confidence.json"
+    settings = options(cohort, weights, masks) | {"confidence_table": str(table), "method": method}
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(table), method=method)
+    content = json.loads(table.read_text())
+    assert np.shape(content["tau_hu2"]) == (11, len(EDGE_BINS_MM) + 1)
+    assert content["method"] == method
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out), template_choice="source")
+    listed = json.loads((out / "datalist.json").read_text())
+    assert len(listed["training"]) == 2
+    assert listed["rejected"] == []
+    for item, index in zip(listed["training"], (2, 3), strict=True):
+        assert "from_subject_001" in item["image"]  # the template that the masks were made from
+        image, label, trust = (nib.load(out / item[key]) for key in ("image", "label", "confidence"))
+        mask = nib.load(masks / f"mask_{index}.nii.gz")
+        for volume in (image, label, trust):
+            assert volume.shape == mask.shape
+            np.testing.assert_allclose(volume.affine, mask.affine, atol=1e-4)
+        ids = np.asarray(mask.dataobj)
+        np.testing.assert_array_equal(np.asarray(label.dataobj), np.where(ids == 11, 0, ids))
+        values = np.asarray(trust.dataobj)
+        assert values.min() >= 0.04
+        assert values.max() <= 1.0
+        assert 0.5 < (values >= 0.5).mean()
+        assert item["score_hu"] >= 0
+
+
+def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    files = sorted((out / "images").iterdir())
+    before = [path.read_bytes() for path in files]
+    stamps = [path.stat().st_mtime_ns for path in files]
+    files[0].write_bytes(b"damaged")
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    after = [nib.load(path).get_fdata() for path in files]
+    (tmp_path / "old.nii.gz").write_bytes(before[0])
+    np.testing.assert_array_equal(after[0], nib.load(tmp_path / "old.nii.gz").get_fdata())
+    assert files[1].stat().st_mtime_ns == stamps[1]
+    with fails_with("seed: 0 there, 5 now"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out), seed=5)
+
+
+def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    settings["gate#hu_ranges"] = {"3": [900, 1000]}
+    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+    listed = json.loads((tmp_path / "out/datalist.json").read_text())
+    assert listed["training"] == []
+    for item in listed["rejected"]:
+        assert item["reasons"][0].startswith("hu_ranges: label 3 has ")
+        assert (tmp_path / "out" / item["image"]).is_file()
+        assert item["image"].startswith("rejected/images/")
+
+
+def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohort, weights, masks, tmp_path):
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    with fails_with("c.json: no confidence table; run calibrate.json with these weights first"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    with fails_with("was made with method predicted_variance, not skip_sampling"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
+    shutil.copytree(weights, tmp_path / "other")
+    state = torch.load(tmp_path / "other/model.pt", weights_only=True)
+    torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other/model.pt")
+    with fails_with("was made with weights "):
+        run(workflow, *CONFIGS, **{**settings, "ckpt_dir": str(tmp_path / "other")}, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def cases_of(cohort, choice, **changes):
+    masks = [{"label": str(cohort / f"labels/subject_00{k}.nii.gz"), "source": "x/subject_000.nii.gz"} for k in (2, 3)]
+    templates = [template_of(cohort, f"subject_00{k}") for k in (0, 1, 2)]
+    settings = {"images_per_mask": 1, "seed": 0, "num_labels": 11, **changes}
+    return [c["case"] for c in synthesis_cases(masks, templates, choice=choice, **settings)]
+
+
+def test_templates_are_chosen_as_asked(cohort):
+    assert cases_of(cohort, "source") == ["subject_002_from_subject_000", "subject_003_from_subject_000"]
+    assert cases_of(cohort, "nearest")[0] == "subject_002_from_subject_002"
+    assert len(cases_of(cohort, "all")) == 6
+    drawn = cases_of(cohort, "random", images_per_mask=2)
+    assert drawn == cases_of(cohort, "random", images_per_mask=2)
+    assert len(set(drawn)) == 4
+    assert any(cases_of(cohort, "random", seed=s) != cases_of(cohort, "random") for s in range(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("choice", "changes", "message"),
+    [
+        ("best", {}, r"template_choice: must be one of \('source', 'nearest', 'random', 'all'\), got 'best'"),
+        ("random", {"images_per_mask": 4}, r"images_per_mask: must be 1 to the 3 templates, got 4"),
+    ],
+)
+def test_impossible_choices_are_refused(cohort, choice, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cases_of(cohort, choice, **changes)
+
+
+def test_a_mask_without_a_template_of_its_source_is_refused(cohort):
+    mask = {"label": str(cohort / "labels/subject_002.nii.gz"), "source": "elsewhere/patient_7.nii.gz"}
+    with pytest.raises(ValueError, match=r"no template has the label elsewhere/patient_7.nii.gz that it was made from"):
+        synthesis_cases([mask], [template_of(cohort)], choice="source", images_per_mask=1, seed=0, num_labels=11)
+
+
+def painted(vessel_hu=300.0, chamber_hu=400.0):
+    label = np.zeros((30, 30, 30), np.int64)
+    label[3:12, 3:12, 3:12] = 3
+    label[20:22, 20:22, 4:26] = 9
+    image = np.full(label.shape, -60.0, np.float32)
+    image[label == 3], image[label == 9] = chamber_hu, vessel_hu
+    return image, label
+
+
+MEANS = [-60.0, np.nan, np.nan, 400.0, *[np.nan] * 5, 300.0, np.nan]
+
+
+def test_measures_of_a_perfect_image_are_those_of_its_template():
+    image, label = painted()
+    measures = examine(image, label, template_means=MEANS, template_image=None, thin_labels=[9])
+    assert measures["label_error_hu"] == {3: pytest.approx(0)}
+    assert measures["vessel_contrast"] == pytest.approx(1)
+    assert measures["vessel_continuity"] > 0.9  # its two ends are smoothed
+    assert np.isnan(measures["template_copy"])
+    assert rejections(measures, 5.0, Gate()) == []
+
+
+def test_faint_broken_and_copied_images_are_named():
+    image, label = painted(vessel_hu=60.0)
+    image[20:22, 20:22, 14:26] = -60
+    noise = np.random.default_rng(0).normal(0, 20, image.shape).astype(np.float32)
+    measures = examine(image + noise, label, template_means=MEANS, template_image=image + noise, thin_labels=[9])
+    gate = Gate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
+    names = [line.split(":")[0] for line in rejections(measures, 5.0, gate)]
+    assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
+    off = Gate(None, {}, None, None, None, None)
+    assert rejections(measures, 5.0, off) == []
+
+
+def test_a_label_off_its_template_is_named():
+    image, label = painted(chamber_hu=300.0)
+    measures = examine(image, label, template_means=MEANS, template_image=None, thin_labels=[9])
+    assert rejections(measures, 5.0, Gate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
+
+
+def test_unknown_limits_are_refused():
+    with pytest.raises(ValueError, match=r"gate: \['max_scor'\] do not exist; the limits are \['max_label_error_hu'"):
+        Gate.from_config({"max_scor": 3})
+    assert Gate.from_config({"hu_ranges": {"3": [1, 2]}}).hu_ranges == {3: (1.0, 2.0)}
