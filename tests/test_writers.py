@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import EnsureChannelFirst, LoadImage, Orientation
 
 from custom.writers import SaveVolumed
 
@@ -46,6 +47,35 @@ def test_item_passes_unchanged_and_the_folder_is_made(tmp_path):
     result = save(tmp_path / "new/deep")
     assert torch.equal(result["pred"], rendering())
     assert [path.name for path in (tmp_path / "new/deep").iterdir()] == ["case.nii.gz"]
+
+
+@pytest.mark.parametrize(("dtype", "digits", "expected"), [("uint8", 0, 3), ("float32", 2, 2.57), ("int16", 0, 3)])
+def test_dtype_and_digits_are_those_asked_for(tmp_path, dtype, digits, expected):
+    volume = MetaTensor(torch.full((1, 3, 4, 5), 2.5678), affine=torch.eye(4))
+    SaveVolumed("pred", output_dir=str(tmp_path), dtype=dtype, digits=digits)({"pred": volume, "case": "a"})
+    written = nib.load(tmp_path / "a.nii.gz")
+    assert written.get_data_dtype() == dtype
+    np.testing.assert_allclose(np.asarray(written.dataobj), expected, rtol=1e-6)
+
+
+def test_label_maps_of_bytes_are_written_as_they_are(tmp_path):
+    label = torch.randint(0, 11, (1, 3, 4, 5)).to(torch.uint8)
+    item = {"pred": MetaTensor(label, affine=torch.eye(4)), "case": "a"}
+    SaveVolumed("pred", output_dir=str(tmp_path), dtype="uint8")(item)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj), label[0].numpy())
+
+
+def test_axes_are_turned_back_to_those_of_the_file(tmp_path):
+    values = np.random.default_rng(0).normal(0, 50, (5, 4, 3)).astype(np.float32)
+    affine = np.array([[0, 0, -2.0, 9], [-1.5, 0, 0, 8], [0, 1.0, 0, 7], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(values, affine), tmp_path / "in.nii.gz")
+    volume = Orientation(axcodes="RAS", labels=None)(EnsureChannelFirst()(LoadImage()(tmp_path / "in.nii.gz")))
+    assert volume.shape[1:] == (3, 5, 4)
+    item = {"pred": volume, "case": "a"}
+    SaveVolumed("pred", output_dir=str(tmp_path / "out"), dtype="float32", digits=3, original_axes=True)(item)
+    written = nib.load(tmp_path / "out/a.nii.gz")
+    np.testing.assert_allclose(np.asarray(written.dataobj), values, atol=6e-4)
+    np.testing.assert_allclose(written.affine, affine, atol=1e-6)
 
 
 def test_dots_in_a_case_name_are_kept(tmp_path):
