@@ -67,9 +67,8 @@ class SaveVolumed(Transform):
             codes = "".join(aff2axcodes(np.asarray(volume.meta["original_affine"])))
             volume = Orientation(axcodes=codes, labels=None)(volume)
         writer = AtomicNibabelWriter(output_dtype=self.dtype)
-        writer.data_obj = torch.round(
-            volume[0], decimals=self.digits
-        )  # `set_data_array` would drop a last axis of one voxel
+        # Not `set_data_array`, which would drop a last axis of one voxel; bytes cannot be rounded.
+        writer.data_obj = torch.round(volume[0].float(), decimals=self.digits)
         writer.set_metadata(volume.meta, resample=False)
         writer.write(os.path.join(self.output_dir, f"{data['case']}.nii.gz"))
         return dict(data)
