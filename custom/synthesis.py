@@ -117,9 +117,17 @@ def complete(output_dir: str, case: str) -> bool:
     return True
 
 
-def incomplete(cases: Sequence[dict[str, Any]], output_dir: str) -> list[dict[str, Any]]:
-    """Cases that are still to be made, or have to be made again because a file was damaged."""
-    return [case for case in cases if not complete(output_dir, case["case"])]
+def incomplete(
+    cases: Sequence[dict[str, Any]], output_dir: str, *, shard: int = 0, shards: int = 1
+) -> list[dict[str, Any]]:
+    """Cases of one process that are still to be made, or have to be made again because a file was damaged.
+
+    Args:
+        cases: all of the run.
+        output_dir: of the run, shared by all processes.
+        shard, shards: number of the process, from 0, and of processes; each takes every `shards`-th case.
+    """
+    return [case for case in cases[shard::shards] if not complete(output_dir, case["case"])]
 
 
 class SplitVarianced(Transform):
@@ -244,6 +252,8 @@ class SaveSyntheticd(Transform):
 
 def write_synthetic_datalist(output_dir: str, provenance: Mapping[str, Any]) -> dict[str, int]:
     """Write `datalist.json` of all complete cases: "training" what the gate accepted, "rejected" the rest with reasons.
+
+    Several processes write it one after the other, each when it is done, so the last one writes all.
 
     Returns:
         how many of each.

@@ -119,6 +119,23 @@ def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, we
         run(workflow, *CONFIGS, **settings, output_dir=str(out), seed=5)
 
 
+def test_two_processes_make_what_one_makes(workflow, cohort, weights, masks, tmp_path, monkeypatch):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "one"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "two"))
+        assert len(list((tmp_path / "two/images").iterdir())) == 2 - int(rank)
+    one, two = (json.loads((tmp_path / name / "datalist.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    for item in one["training"]:
+        for key in ("image", "label", "confidence"):
+            values = [np.asarray(nib.load(tmp_path / name / item[key]).dataobj) for name in ("one", "two")]
+            np.testing.assert_array_equal(*values)
+
+
 def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
     calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
     settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
