@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -65,6 +66,67 @@ def save_mask_sheet(
             axis.set_axis_off()
         row[0].set_title(title, fontsize=9, loc="left")
     _save(figure, path)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+def case_png(image: np.ndarray, label: np.ndarray, confidence: np.ndarray, *, vessel_labels: Sequence[int]) -> bytes:
+    """PNG of one synthetic case: three planes with outlines, the same with doubt in red, and its vessels.
+
+    Args:
+        image: (H, W, D) HU, in RAS.
+        label: (H, W, D) ids.
+        confidence: (H, W, D), 0 to 1.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    axes = figure.subplots(2, 4)
+    centre = heart_centre(label)
+    planes = zip(_planes(image, centre), _planes(label, centre), _planes(confidence, centre), strict=True)
+    for column, (plane, mask, trust) in enumerate(planes):
+        for row in (0, 1):
+            axes[row, column].imshow(plane, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
+        for index in np.unique(mask)[1:]:
+            axes[0, column].contour(mask == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
+        axes[1, column].imshow(np.ones_like(trust), cmap="autumn", vmin=1, vmax=2, alpha=0.7 * (1 - trust))
+    axes[0, 3].imshow(vessel_projection(image, label, vessel_labels), cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+    axes[1, 3].imshow(vessel_depth(label, vessel_labels))
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    return _png(figure)
+
+
+def histogram_png(values: Sequence[float], *, name: str, bins: int = 20) -> bytes:
+    """PNG of a histogram."""
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(values, bins=bins, color="#4477aa")
+    axis.set_xlabel(name)
+    axis.set_ylabel("cases")
+    return _png(figure)
+
+
+def ranges_png(groups: Mapping[str, Mapping[str, np.ndarray]], *, name: str) -> bytes:
+    """PNG of median and 5 to 95 % range of each label, a colour for each group: {group: {label: values}}."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    figure = Figure(figsize=(9, 0.34 * len(labels) + 1), layout="constrained")
+    axis = figure.subplots()
+    for number, (group, values) in enumerate(groups.items()):
+        rows = [i for i, label in enumerate(labels) if len(values.get(label, ()))]
+        low, middle, high = np.array([np.percentile(values[labels[i]], [5, 50, 95]) for i in rows]).reshape(-1, 3).T
+        at = np.array(rows) + (number - (len(groups) - 1) / 2) * 0.25
+        colour = _COLOURS(2 * number)
+        axis.hlines(at, low, high, color=colour, linewidth=4, label=group)
+        axis.plot(middle, at, "o", color=colour, markeredgecolor="white")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+    axis.legend(fontsize=8)
+    return _png(figure)
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:

@@ -38,6 +38,7 @@ def options(cohort, weights, folder):
         "ckpt_dir": str(weights),
         "sampling_steps": 2,
         "strides": [2, 3],
+        "report#tracking_uri": None,
         "gate#min_vessel_contrast": None,
         "gate#min_vessel_continuity": None,
     }
@@ -99,6 +100,7 @@ def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights,
         assert values.max() <= 1.0
         assert 0.5 < (values >= 0.5).mean()
         assert item["score_hu"] >= 0
+    assert (out / "report.html").stat().st_size > 50_000
 
 
 def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, weights, masks, tmp_path):
