@@ -75,4 +75,5 @@ Done. Where to look:
   training: measures, pictures  $demo/training/metrics.csv, $demo/training/previews
   new masks, their pictures     $demo/masks/masks, $demo/masks/pictures/masks.png, $demo/masks/summary.csv
   images, labels, confidence    $demo/synthetic/datalist.json; what the gate kept apart: $demo/synthetic/rejected
+  report of that data set       $demo/synthetic/report.html
 END

@@ -54,6 +54,26 @@ def kill_often(config: str, run_id: str, overrides: dict, seconds: float, check)
     return killed
 
 
+def the_same_volumes(config: str, run_id: str, overrides: dict, folder: Path) -> list[str]:
+    """Names of the volumes that a run killed again and again ends with: those, and the values, of a whole run."""
+    whole, broken = folder / "whole", folder / "broken"
+    seconds = finish(config, run_id, {**overrides, "output_dir": str(whole)})
+
+    def written(directory: Path) -> dict[str, np.ndarray]:
+        paths = sorted(path for path in directory.rglob("*.nii.gz") if not path.name.startswith("."))
+        # a partial file raises here
+        return {str(path.relative_to(directory)): np.asarray(nib.load(path).dataobj) for path in paths}
+
+    overrides = {**overrides, "output_dir": str(broken)}
+    assert kill_often(config, run_id, overrides, seconds, lambda: written(broken)) > 0
+    finish(config, run_id, overrides)
+    expected, resumed = written(whole), written(broken)
+    assert list(resumed) == list(expected)
+    for name, volume in expected.items():
+        np.testing.assert_array_equal(resumed[name], volume, err_msg=name)
+    return list(expected)
+
+
 @pytest.mark.slow
 def test_sampling_killed_at_random_moments_leaves_whole_files_and_the_same_volumes(cohort, tmp_path):
     network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
@@ -67,21 +87,15 @@ def test_sampling_killed_at_random_moments_leaves_whole_files_and_the_same_volum
         "ckpt_dir": str(tmp_path),
         "sampling_steps": 4,
     }
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    seconds = finish("inference.json", "run", {**overrides, "output_dir": str(whole)})
+    volumes = the_same_volumes("inference.json", "run", overrides, tmp_path)
+    assert len(volumes) == len(overrides["target_masks"])
 
-    def written(directory: Path) -> dict[str, np.ndarray]:
-        paths = sorted(directory.rglob("*.nii.gz"))
-        return {path.name: np.asarray(nib.load(path).dataobj) for path in paths}  # a partial file raises here
 
-    overrides["output_dir"] = str(broken)
-    assert kill_often("inference.json", "run", overrides, seconds, lambda: written(broken)) > 0
-    finish("inference.json", "run", overrides)
-    expected, resumed = written(whole), written(broken)
-    assert len(expected) == len(overrides["target_masks"])
-    assert list(resumed) == list(expected)
-    for name, volume in expected.items():
-        np.testing.assert_array_equal(resumed[name], volume, err_msg=name)
+@pytest.mark.slow
+def test_mask_generation_killed_at_random_moments_leaves_whole_files_and_the_same_volumes(cohort, tmp_path):
+    overrides = {"reference_datalist": str(cohort / "datalist.json"), "count": 6, "with_image": "true"}
+    volumes = the_same_volumes("generate_masks.json", "generating", overrides, tmp_path)
+    assert len(volumes) == 6 + 6 + 2  # masks, images, prepared references
 
 
 @pytest.mark.slow
