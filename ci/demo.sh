@@ -60,7 +60,8 @@ bundle_run generating "$configs/generate_masks.json" \
 say "6/6 an image of each with confidence: $demo/synthetic"
 synthesis="'$configs/inference.json','$configs/preset_demo.json','$configs/synthesize.json'"
 options=(--template_datalist "$phantoms/datalist.json" --ckpt_dir "$demo/models")
-bundle_run calibrating "[$synthesis,'$configs/calibrate.json']" "${options[@]}" --output_dir "$demo/calibration"
+[ -f "$demo/models/confidence.json" ] ||
+    bundle_run calibrating "[$synthesis,'$configs/calibrate.json']" "${options[@]}"
 bundle_run synthesizing "[$synthesis]" "${options[@]}" --mask_datalist "$demo/masks/datalist.json" \
     --output_dir "$demo/synthetic"
 

@@ -19,6 +19,7 @@ __all__ = ["Gate", "examine", "rejections"]
 
 Volume = NDArray[np.float32]
 _SMOOTHING_VOXELS = 0.7
+_MIN_CONTRAST_HU = 30.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Gate:
         unknown = sorted(set(limits) - set(known))
         if unknown:
             raise ValueError(f"gate: {unknown} do not exist; the limits are {known}")
-        ranges = {int(k): (float(v[0]), float(v[1])) for k, v in limits.get("hu_ranges", {}).items()}
+        ranges = {int(k): (float(v[0]), float(v[1])) for k, v in (limits.get("hu_ranges") or {}).items()}
         return cls(**{**limits, "hu_ranges": ranges})
 
 
@@ -84,9 +85,10 @@ def examine(
     wanted = np.nanmean([template_means[k] for k in thin_labels]) if thin_labels else float("nan")
     if vessel.any() and around.any() and np.isfinite(wanted):
         level = float(image[around].mean())
-        contrast = float((image[vessel].mean() - level) / (wanted - level))
-        smooth = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
-        continuity = float((smooth[skeleton(vessel)] > (wanted + level) / 2).mean())
+        if wanted - level > _MIN_CONTRAST_HU:  # a template that shows no vessels cannot ask for them
+            contrast = float((image[vessel].mean() - level) / (wanted - level))
+            smooth = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
+            continuity = float((smooth[skeleton(vessel)] > (wanted + level) / 2).mean())
     if template_image is not None and present:
         copy = texture_correlation(image, template_image, label > 0)
     return {

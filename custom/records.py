@@ -9,14 +9,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-__all__ = ["claim_folder", "content_hash", "file_hashes", "plain_values", "replace_file", "write_json"]
+__all__ = ["claim_folder", "content_hash", "file_hash", "file_hashes", "plain_values", "replace_file", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part_{os.getpid()}_{path.name}")
+    part = path.with_name(f".part_{uuid4().hex}_{path.name}")  # process numbers repeat on other machines
     try:
         write(part)
         os.replace(part, path)
@@ -37,10 +38,19 @@ def content_hash(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_hash(file: str) -> str:
+    """`content_hash` of what a file holds.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    return content_hash(Path(file).read_bytes())
+
+
 def file_hashes(cases: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
     """File -> `content_hash` of what it holds, for all files that cases name under `keys`."""
     files = sorted({str(case[key]) for case in cases for key in keys if key in case})
-    return {file: content_hash(Path(file).read_bytes()) for file in files}
+    return {file: file_hash(file) for file in files}
 
 
 def plain_values(value: Any) -> Any:
@@ -84,6 +94,8 @@ def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -
     if root.exists() and not root.is_dir():
         raise ValueError(f"output_dir {root} is a file; choose a folder")
     other = [path for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
+    if record.exists():  # another process of this run was faster
+        return claim_folder(output_dir, name=name, provenance=provenance)
     if other:
         raise ValueError(
             f"output_dir {root} holds other files ({other[0].name}, ...) and no {name}; choose a new or empty folder"

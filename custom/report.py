@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["write_report"]
 
 EXPERIMENT = "structdiff_cardiac"
-_VOXELS = 20_000  # a label and case in the distributions
+_VOXELS = 100_000  # a label in the distributions, over all cases
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 62rem; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -66,12 +66,17 @@ class _Reader:
 
 
 def _add_values(
-    groups: dict[str, list[NDArray]], image: NDArray, label: NDArray, names: Sequence[str], rng: np.random.Generator
+    groups: dict[str, list[NDArray]],
+    image: NDArray,
+    label: NDArray,
+    names: Sequence[str],
+    voxels: int,
+    rng: np.random.Generator,
 ) -> None:
     for k, name in enumerate(names[1:], 1):
         values = image[label == k]
         if len(values):
-            groups.setdefault(name, []).append(rng.choice(values, min(len(values), _VOXELS), replace=False))
+            groups.setdefault(name, []).append(rng.choice(values, min(len(values), voxels), replace=False))
 
 
 def _case_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -132,17 +137,20 @@ def write_report(
     groups: dict[str, dict[str, list[NDArray]]] = {"synthetic": {}, "real templates": {}}
     pictures: dict[str, str] = {}
     kept.sort(key=lambda record: record["score_hu"])
-    shown = {r["case"] for r in (kept[: max_cases // 2] + kept[-(max_cases - max_cases // 2) :])} if kept else set()
+    worst = kept[max(len(kept) - (max_cases - max_cases // 2), 0) :]
+    shown = {record["case"] for record in kept[: max_cases // 2] + worst}
     for record in [*kept, *rejected]:
         image, label, trust = (read(root / record["paths"][key]) for key in ("image", "label", "confidence"))
         if not record["rejected"]:
-            _add_values(groups["synthetic"], image, label, label_names, rng)
+            _add_values(groups["synthetic"], image, label, label_names, _VOXELS // len(kept), rng)
         if record["case"] in shown or (record["rejected"] and len(pictures) < 2 * max_cases):
             caption = f"{record['case']}, score {record['score_hu']:.1f} HU"
             pictures[record["case"]] = _picture(case_png(image, label, trust, vessel_labels=vessel_labels), caption)
     templates = {(r["template"]["image"], r["template"]["label"]) for r in [*kept, *rejected]}
     for image_file, label_file in sorted(templates):
-        _add_values(groups["real templates"], read(image_file), read(label_file), label_names, rng)
+        _add_values(
+            groups["real templates"], read(image_file), read(label_file), label_names, _VOXELS // len(templates), rng
+        )
     page = _page(content, kept, rejected, pictures, groups)
     path = root / "report.html"
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))

@@ -21,7 +21,7 @@ from monai.utils import CommonKeys as Keys
 from custom.checks import file_of
 from custom.datalists import case_name, check_files
 from custom.quality import Gate, examine, rejections
-from custom.records import content_hash, replace_file, write_json
+from custom.records import content_hash, file_hash, plain_values, replace_file, write_json
 from custom.transforms import plain
 from custom.uncertainty import EDGE_BINS_MM, confidence, edge_bins, sample_score, tau_table
 from custom.writers import SaveVolumed
@@ -30,12 +30,22 @@ logger = logging.getLogger(__name__)
 
 CHOICES = ("source", "nearest", "random", "all")
 ACCEPTED, REJECTED = "", "rejected/"
+_VOXELS_OF_A_CELL = 20_000
 
 
-def _volumes(path: str, num_labels: int) -> np.ndarray:
+def mapped(ids: np.ndarray, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Renumbers labels: what is "from" becomes "to", other ids stay."""
+    result = ids.copy()
+    for old, new in zip(label_mapping["from"], label_mapping["to"], strict=True):
+        result[ids == old] = new
+    return result
+
+
+def _volumes(path: str, num_labels: int, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
     """Volume of each label in ml; ids beyond the map are left out."""
     volume = LoadImage()(path)
-    counts = np.bincount(volume.numpy().astype(np.int64).ravel().clip(0), minlength=num_labels)
+    ids = mapped(volume.numpy().astype(np.int64), label_mapping)
+    counts = np.bincount(ids.ravel().clip(0), minlength=num_labels)
     return counts[1:num_labels] * float(volume.pixdim.prod()) / 1000
 
 
@@ -47,6 +57,8 @@ def synthesis_cases(
     images_per_mask: int,
     seed: int,
     num_labels: int,
+    label_mapping: Mapping[str, Sequence[int]],
+    mode: str = "template",
 ) -> list[dict[str, Any]]:
     """Which mask is rendered from which template.
 
@@ -58,6 +70,8 @@ def synthesis_cases(
         images_per_mask: templates a mask; "source" has one, "all" takes them all.
         seed: of the draws, which depend on it and the name of the mask alone.
         num_labels: label ids 0 to num_labels - 1.
+        label_mapping: "from" and "to" ids, see `mapped`.
+        mode: of rendering; only "template" can be judged against a template.
 
     Returns:
         `label`, `case`, `template_image`, `template_label` of every image.
@@ -69,24 +83,30 @@ def synthesis_cases(
     """
     if choice not in CHOICES:
         raise ValueError(f"template_choice: must be one of {CHOICES}, got {choice!r}")
+    if mode != "template":
+        raise ValueError(
+            f"mode: a synthetic data set is made in mode 'template', got {mode!r}; render with inference.json"
+        )
     if not templates:
         raise ValueError("templates: at least one image-mask pair is needed")
     if choice in ("nearest", "random") and not 1 <= images_per_mask <= len(templates):
         raise ValueError(f"images_per_mask: must be 1 to the {len(templates)} templates, got {images_per_mask}")
     check_files([*masks, *templates], "target masks and templates")
-    volumes = [_volumes(t["label"], num_labels) for t in templates] if choice == "nearest" else []
+    volumes = [_volumes(t["label"], num_labels, label_mapping) for t in templates] if choice == "nearest" else []
     cases = []
     for mask in masks:
         name = case_name(mask["label"])
         if choice == "source":
-            chosen = [t for t in templates if case_name(t["label"]) == case_name(mask.get("source", ""))]
-            if not chosen:
+            source = str(mask.get("source", ""))
+            chosen = [t for t in templates if Path(t["label"]).resolve() == Path(source).resolve()]
+            chosen = chosen or [t for t in templates if case_name(t["label"]) == case_name(source)]
+            if len(chosen) != 1:
                 raise ValueError(
-                    f"{mask['label']}: no template has the label {mask.get('source')} that it was made from; list it, "
-                    "or choose templates by 'nearest' or 'random'"
+                    f"{mask['label']}: {len(chosen)} templates, not one, have the label {mask.get('source')} that it "
+                    "was made from; list it once, or choose templates by 'nearest' or 'random'"
                 )
         elif choice == "nearest":
-            own = _volumes(mask["label"], num_labels)
+            own = _volumes(mask["label"], num_labels, label_mapping)
             distance = [float(np.abs(np.log1p(own) - np.log1p(v)).sum()) for v in volumes]
             chosen = [templates[i] for i in np.argsort(distance, kind="stable")[:images_per_mask]]
         elif choice == "random":
@@ -104,17 +124,25 @@ def synthesis_cases(
     return cases
 
 
-def complete(output_dir: str, case: str) -> bool:
-    """Whether a case has a record and all its files are as they were written."""
-    record = Path(output_dir) / "records" / f"{case}.json"
+def record_of(output_dir: str, case: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Record of a case whose mask and files are as they were when it was written; None if it has to be made (again)."""
+    root = Path(output_dir)
+    record = root / "records" / f"{case['case']}.json"
     if not record.exists():
-        return False
-    for file, digest in json.loads(record.read_text())["files"].items():
-        path = Path(output_dir) / file
-        if not path.exists() or content_hash(path.read_bytes()) != digest:
-            logger.warning("%s is missing or damaged and is made again", path)
-            return False
-    return True
+        return None
+    try:
+        content: dict[str, Any] = json.loads(record.read_text())
+    except json.JSONDecodeError:
+        logger.warning("%s is damaged; the case is made again", record)
+        return None
+    if file_hash(case["label"]) != content["mask_hash"]:
+        logger.warning("%s has changed since; %s is made again", case["label"], case["case"])
+        return None
+    for file, digest in content["files"].items():
+        if not (root / file).exists() or file_hash(str(root / file)) != digest:
+            logger.warning("%s is missing or damaged and is made again", root / file)
+            return None
+    return content
 
 
 def incomplete(
@@ -126,8 +154,13 @@ def incomplete(
         cases: all of the run.
         output_dir: of the run, shared by all processes.
         shard, shards: number of the process, from 0, and of processes; each takes every `shards`-th case.
+
+    Raises:
+        ValueError: when there is no such shard.
     """
-    return [case for case in cases[shard::shards] if not complete(output_dir, case["case"])]
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard: must be 0 to {shards - 1} of {shards} shards, got {shard}")
+    return [case for case in cases[shard::shards] if record_of(output_dir, case) is None]
 
 
 class SplitVarianced(Transform):
@@ -143,31 +176,25 @@ class Confidenced(Transform):
 
     Args:
         table: JSON file of :class:`CalibrateConfidence`.
-        weights: the model file that the table must have been made with.
-        spacing_mm: of the model.
-        method: how the variance was made, which the table must agree with.
+        made_with: what the variance depends on: weights, spacing and so on; the table must agree with all of it.
         c_min: smallest confidence.
 
     Raises:
         FileNotFoundError: when there is no table.
-        ValueError: when it is of other weights or another method.
+        ValueError: when it was made with something else.
     """
 
-    def __init__(
-        self, table: str, *, weights: str, spacing_mm: Sequence[float], method: str, c_min: float = 0.05
-    ) -> None:
+    def __init__(self, table: str, *, made_with: Mapping[str, Any], c_min: float = 0.05) -> None:
         path = Path(table)
         if not path.is_file():
             raise FileNotFoundError(f"{table}: no confidence table; run calibrate.json with these weights first")
         content = json.loads(path.read_text())
-        wanted = {"weights": content_hash(Path(weights).read_bytes()), "method": method}
+        wanted = {**plain_values(made_with), "edge_bins_mm": list(EDGE_BINS_MM)}
         for key, value in wanted.items():
             if content.get(key) != value:
-                raise ValueError(
-                    f"{table}: was made with {key} {content.get(key)}, not {value} of {weights}; calibrate anew"
-                )
+                raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
         self.tau = torch.tensor(content["tau_hu2"])
-        self.spacing_mm, self.c_min = spacing_mm, c_min
+        self.spacing_mm, self.c_min = wanted["spacing_mm"], c_min
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item."""
@@ -215,12 +242,6 @@ class SaveSyntheticd(Transform):
         self.root, self.mapping = Path(output_dir), label_mapping
         self.sources = {case["case"]: dict(case) for case in cases}
 
-    def _mapped(self, ids: np.ndarray) -> np.ndarray:
-        mapped = ids.copy()
-        for old, new in zip(self.mapping["from"], self.mapping["to"], strict=True):
-            mapped[ids == old] = new
-        return mapped
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one item.
 
@@ -234,7 +255,7 @@ class SaveSyntheticd(Transform):
         SaveVolumed("confidence", output_dir=str(self.root / place / "confidence"), dtype="float32", digits=2)(data)
         source = self.sources[case]
         mask = LoadImage()(source["label"])
-        label = nib.Nifti1Image(self._mapped(mask.numpy()).astype(np.uint8), mask.affine.numpy())
+        label = nib.Nifti1Image(mapped(mask.numpy(), self.mapping).astype(np.uint8), mask.affine.numpy())
         replace_file(self.root / files["label"], partial(nib.save, label))
         content = {
             "case": case,
@@ -242,61 +263,60 @@ class SaveSyntheticd(Transform):
             "score_hu": data["score"],
             "measures": data["measures"],
             "mask": source["label"],
+            "mask_hash": file_hash(source["label"]),
             "template": {"image": source["template_image"], "label": source["template_label"]},
             "paths": files,
-            "files": {file: content_hash((self.root / file).read_bytes()) for file in files.values()},
+            "files": {file: file_hash(str(self.root / file)) for file in files.values()},
         }
         write_json(self.root / "records" / f"{case}.json", content)
         return dict(data)
 
 
-def write_synthetic_datalist(output_dir: str, provenance: Mapping[str, Any]) -> dict[str, int]:
-    """Write `datalist.json` of all complete cases: "training" what the gate accepted, "rejected" the rest with reasons.
+def write_synthetic_datalist(
+    cases: Sequence[Mapping[str, Any]], output_dir: str, provenance: Mapping[str, Any]
+) -> dict[str, int]:
+    """Write `datalist.json` of the complete cases: "training" what the gate accepted, "rejected" the rest with reasons.
 
-    Several processes write it one after the other, each when it is done, so the last one writes all.
+    Several processes write it one after the other, each when it is done, and again while cases are added meanwhile.
 
     Returns:
-        how many of each.
+        how many are in each list, and how many are "missing".
     """
     root = Path(output_dir)
-    lists: dict[str, list[dict[str, Any]]] = {"training": [], "rejected": []}
-    for path in sorted((root / "records").glob("*.json")):
-        record = json.loads(path.read_text())
-        item = {**record["paths"], "score_hu": record["score_hu"], "record": f"records/{path.name}"}
-        if record["rejected"]:
-            lists["rejected"].append(item | {"reasons": record["rejected"]})
-        else:
-            lists["training"].append(item)
-    write_json(root / "datalist.json", {**lists, "provenance": dict(provenance)})
-    counts = {name: len(items) for name, items in lists.items()}
-    logger.info("%d synthetic cases, %d rejected: %s", counts["training"], counts["rejected"], root)
+    seen = -1
+    while True:
+        records = [record for case in cases if (record := record_of(output_dir, case))]
+        if len(records) == seen:
+            break
+        seen = len(records)
+        lists: dict[str, list[dict[str, Any]]] = {"training": [], "rejected": []}
+        for record in sorted(records, key=lambda record: record["case"]):
+            item = {**record["paths"], "score_hu": record["score_hu"], "record": f"records/{record['case']}.json"}
+            if record["rejected"]:
+                lists["rejected"].append(item | {"reasons": record["rejected"]})
+            else:
+                lists["training"].append(item)
+        write_json(root / "datalist.json", {**lists, "provenance": dict(provenance)})
+    counts = {name: len(items) for name, items in lists.items()} | {"missing": len(cases) - seen}
+    logger.info("%(training)d synthetic cases, %(rejected)d rejected, %(missing)d missing", counts)
     return counts
 
 
 class CalibrateConfidence:
     """Collect variances of rendered held-out masks and write the confidence table.
 
+    At most 20,000 voxels of each label and edge bin are kept of a case, drawn from its name.
+
     Args:
         path: JSON file to write.
-        weights: the model file, whose hash goes into the table.
-        spacing_mm: of the model.
+        made_with: what the variance depends on, "spacing_mm" among it; goes into the table.
         num_labels: label ids 0 to num_labels - 1.
-        method: how the variance was made.
         quantile: variance at which confidence is one half.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        weights: str,
-        spacing_mm: Sequence[float],
-        num_labels: int,
-        method: str,
-        quantile: float = 0.9,
-    ) -> None:
-        self.path, self.weights, self.spacing_mm = Path(path), weights, spacing_mm
-        self.num_labels, self.method, self.quantile = num_labels, method, quantile
+    def __init__(self, path: str, *, made_with: Mapping[str, Any], num_labels: int, quantile: float = 0.9) -> None:
+        self.path, self.made_with = Path(path), plain_values(made_with)
+        self.num_labels, self.quantile = num_labels, quantile
         self._cases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._names: list[str] = []
 
@@ -306,11 +326,18 @@ class CalibrateConfidence:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def collect(self, engine: Engine) -> None:
-        """Keep variance, label and edge bins of each case."""
+        """Keep variance, label and edge bin of some voxels of each case."""
         variances, labels = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch["label"]  # type: ignore[index]
         for variance, volume in zip(variances, labels, strict=True):
-            label = plain(volume)[0, 0].cpu()
-            self._cases.append((variance, label, edge_bins(label, self.spacing_mm)))
+            label = plain(volume)[0, 0].cpu().round().long()
+            bins = edge_bins(label, self.made_with["spacing_mm"])
+            generator = torch.Generator().manual_seed(int(content_hash(file_of(volume).encode())[:8], 16))
+            cell, kept = (label * (len(EDGE_BINS_MM) + 1) + bins).flatten(), []
+            for index in cell.unique().tolist():
+                voxels = (cell == index).nonzero()[:, 0]
+                kept.append(voxels[torch.randperm(len(voxels), generator=generator)[:_VOXELS_OF_A_CELL]])
+            chosen = torch.cat(kept)
+            self._cases.append((variance.flatten()[chosen], label.flatten()[chosen], bins.flatten()[chosen]))
             self._names.append(file_of(volume))
 
     def write(self, engine: Engine) -> None:
@@ -321,9 +348,7 @@ class CalibrateConfidence:
             "voxels": count.tolist(),
             "edge_bins_mm": list(EDGE_BINS_MM),
             "quantile": self.quantile,
-            "method": self.method,
-            "weights": content_hash(Path(self.weights).read_bytes()),
             "masks": self._names,
         }
-        write_json(self.path, content)
+        write_json(self.path, {**content, **self.made_with})
         logger.info("confidence table of %d cases: %s", len(self._cases), self.path)

@@ -7,8 +7,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Randomizable, Transform
+from monai.transforms import Invertd, InvertibleTransform, Randomizable, Transform
+from monai.transforms.utils import convert_applied_interp_mode
 from scipy import ndimage
 
 from custom.checks import file_of
@@ -110,6 +112,29 @@ class AlignTemplated(Transform):
         item["template_image"] = _like(sample_cubic(plain(item["template_image"]), where), item["label"])
         item["template_label"] = _like(sample(template_label, where, mode="nearest"), item["label"])
         return item
+
+
+class InvertImaged(Invertd):
+    """MONAI's `Invertd` for images that are brought back along the transforms of a label, whose trace says "nearest".
+
+    `nearest_interp=False` leaves the mode of the trace as it is; here resampling is linear.
+
+    Args:
+        keys, transform, orig_keys: as there; all keys follow one label.
+    """
+
+    def __init__(self, keys: KeysCollection, transform: InvertibleTransform, orig_keys: str) -> None:
+        super().__init__(keys, transform, orig_keys, nearest_interp=False)
+        self.label_key = orig_keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Invert the images of one item."""
+        label = data[self.label_key]
+        linear = MetaTensor(label, meta=label.meta, applied_operations=label.applied_operations)
+        linear.applied_operations = convert_applied_interp_mode(
+            label.applied_operations, mode="bilinear", align_corners=False
+        )
+        return {**super().__call__({**data, self.label_key: linear}), self.label_key: label}
 
 
 class PaintPriord(Transform):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class AtomicNibabelWriter(NibabelWriter):
             OSError: naming the file, when the disk is full or the folder cannot be written; no partial file stays.
         """
         path = Path(filename)
-        temporary = path.with_name(f".partial_{os.getpid()}_{path.name}")
+        temporary = path.with_name(f".partial_{uuid4().hex}_{path.name}")
         try:
             super().write(temporary, verbose, **obj_kwargs)
             os.replace(temporary, path)

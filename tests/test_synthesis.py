@@ -18,6 +18,7 @@ from custom.synthesis import synthesis_cases
 from custom.uncertainty import EDGE_BINS_MM
 
 CONFIGS = ("inference.json", "synthesize.json")
+MAPPING = {"from": [11], "to": [0]}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,45 @@ def test_two_processes_make_what_one_makes(workflow, cohort, weights, masks, tmp
             np.testing.assert_array_equal(*values)
 
 
+def test_a_changed_mask_is_rendered_anew_and_a_broken_record_too(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    shutil.copy(masks / "mask_3.nii.gz", masks / "mask_2.nii.gz")
+    next(iter((out / "records").glob("mask_3*"))).write_text("")
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
+
+
+def test_incomplete_cases_are_not_listed(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    next((out / "images").glob("mask_3*")).unlink()
+    run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=0, shards=2)  # the other process's case is broken
+    listed = json.loads((out / "datalist.json").read_text())
+    assert [item["image"] for item in listed["training"]] == [f"images/{p.name}" for p in (out / "images").iterdir()]
+    with fails_with("shard: must be 0 to 1 of 2 shards, got 2"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=2, shards=2)
+
+
+def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, masks, tmp_path):
+    with fails_with("a synthetic data set is made in mode 'template', got 'mask_only'"):
+        run(workflow, *CONFIGS, **options(cohort, weights, masks), output_dir=str(tmp_path / "out"), mode="mask_only")
+
+
+def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
+    image, label = painted(vessel_hu=-60.0)
+    means = [*MEANS[:9], -70.0, np.nan]
+    measures = examine(image, label, template_means=means, template_image=None, thin_labels=[9])
+    assert np.isnan(measures["vessel_contrast"])
+    assert np.isnan(measures["vessel_continuity"])
+    assert rejections(measures, 5.0, Gate.from_config({"hu_ranges": None})) == []
+
+
 def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
     calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
     settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
@@ -158,6 +198,10 @@ def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohor
     calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
     with fails_with("was made with method predicted_variance, not skip_sampling"):
         run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
+    with fails_with("was made with calls [2], not [3]"):
+        run(workflow, *CONFIGS, **{**settings, "sampling_steps": 3}, output_dir=str(tmp_path / "out"))
+    with fails_with("was made with spacing_mm [3.0, 3.0, 3.0], not [4.0, 4.0, 4.0]"):
+        run(workflow, *CONFIGS, **{**settings, "spacing_mm": [4.0] * 3}, output_dir=str(tmp_path / "out"))
     shutil.copytree(weights, tmp_path / "other")
     state = torch.load(tmp_path / "other/model.pt", weights_only=True)
     torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other/model.pt")
@@ -169,7 +213,7 @@ def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohor
 def cases_of(cohort, choice, **changes):
     masks = [{"label": str(cohort / f"labels/subject_00{k}.nii.gz"), "source": "x/subject_000.nii.gz"} for k in (2, 3)]
     templates = [template_of(cohort, f"subject_00{k}") for k in (0, 1, 2)]
-    settings = {"images_per_mask": 1, "seed": 0, "num_labels": 11, **changes}
+    settings = {"images_per_mask": 1, "seed": 0, "num_labels": 11, "label_mapping": MAPPING, **changes}
     return [c["case"] for c in synthesis_cases(masks, templates, choice=choice, **settings)]
 
 
@@ -197,8 +241,18 @@ def test_impossible_choices_are_refused(cohort, choice, changes, message):
 
 def test_a_mask_without_a_template_of_its_source_is_refused(cohort):
     mask = {"label": str(cohort / "labels/subject_002.nii.gz"), "source": "elsewhere/patient_7.nii.gz"}
-    with pytest.raises(ValueError, match=r"no template has the label elsewhere/patient_7.nii.gz that it was made from"):
-        synthesis_cases([mask], [template_of(cohort)], choice="source", images_per_mask=1, seed=0, num_labels=11)
+    with pytest.raises(
+        ValueError, match=r"0 templates, not one, have the label elsewhere/patient_7.nii.gz that it was"
+    ):
+        synthesis_cases(
+            [mask],
+            [template_of(cohort)],
+            choice="source",
+            images_per_mask=1,
+            seed=0,
+            num_labels=11,
+            label_mapping=MAPPING,
+        )
 
 
 def painted(vessel_hu=300.0, chamber_hu=400.0):

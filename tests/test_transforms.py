@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, Spacingd
 from scipy import ndimage
 
 from custom.networks import CONTEXT_CHANNELS
@@ -11,6 +12,7 @@ from custom.residual import MODES, context_modes
 from custom.template import label_statistics, noise_sd
 from custom.transforms import (
     AlignTemplated,
+    InvertImaged,
     LabelStatisticsd,
     PaintPriord,
     RandPaintPriord,
@@ -303,3 +305,17 @@ def test_cubic_reading_returns_voxels_at_voxels_cubics_between_and_edges_outside
     assert read.shape == (1, 1, 4, 1, 1)
     expected = [7**3 / 50 - 7**2 / 3, 9.5**3 / 50 - 9.5**2 / 3, 0, 19**3 / 50 - 19**2 / 3]
     assert read.flatten().tolist() == pytest.approx(expected, abs=0.01)
+
+
+def test_images_come_back_to_a_finer_mask_by_linear_interpolation():
+    """`Invertd` would follow the trace of the label, which is "nearest": a ramp would come back as a staircase."""
+    label = MetaTensor(torch.zeros(1, 24, 12, 12), affine=torch.diag(torch.tensor([0.75, 0.75, 0.75, 1.0])))
+    forward = Compose([Spacingd("label", pixdim=(1.5, 1.5, 1.5), mode="nearest")])
+    item = forward({"label": label})
+    ramp = torch.arange(12.0)[None, :, None, None].expand(1, 12, 6, 6) * 100
+    back = InvertImaged("pred", transform=forward, orig_keys="label")({**item, "pred": MetaTensor(ramp.clone())})
+    steps = back["pred"][0, 2:-2, 6, 6].diff()
+    assert back["pred"].shape == label.shape
+    torch.testing.assert_close(back["pred"].affine, label.affine)
+    torch.testing.assert_close(steps.as_tensor(), torch.full_like(steps, 50).as_tensor(), atol=5, rtol=0)
+    assert back["label"].shape == item["label"].shape
