@@ -6,8 +6,8 @@
 Every score is judged by the error of one and the same image (12 calls): the absolute difference of its 3^3 means from
 those of the noise-free truth, in HU, in the heart (labels and 6 mm around them). Rivals have the same 30 network calls,
 those of the image included; the trajectory is that of the image (12 calls); predicted variance, edge distance and
-chance have none. Faults are planted by leaving the
-last branches of the coronaries out of the mask that the network sees. Every finished case is cached under `work_dir`.
+chance have none. Faults are planted by leaving the last branches of the coronaries out of the mask that the network
+sees. Every finished case is cached under `work_dir`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from custom.template import label_statistics, noise_sd
 from custom.thinning import cl_dice
+from custom.topology import betti_errors
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
 _LUNG_BELOW_HU = -300.0
@@ -94,6 +95,44 @@ MEASURES = {
         mean_absolute_error,
     )
 }
+
+
+MASK_MEASURES = {
+    "betti_error_0": lambda prediction, truth: float(betti_errors(prediction, truth)[0]),
+    "betti_error_1": lambda prediction, truth: float(betti_errors(prediction, truth)[1]),
+    "betti_error_2": lambda prediction, truth: float(betti_errors(prediction, truth)[2]),
+    "cl_dice": cl_dice,
+}
+
+
+class TopologyMetric(CumulativeIterationMetric):
+    """One topological measure of one label of label maps, cumulated over cases; the aggregate is the mean over cases.
+
+    Args:
+        measure: a name of MASK_MEASURES.
+        label: id whose mask is compared.
+
+    Raises:
+        ValueError: on an unknown measure.
+    """
+
+    def __init__(self, measure: str, label: int) -> None:
+        super().__init__()
+        if measure not in MASK_MEASURES:
+            raise ValueError(f"measure: must be one of {sorted(MASK_MEASURES)}, got {measure!r}")
+        self.measure, self.label = MASK_MEASURES[measure], label
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Label maps (B, 1, H, W, D), predicted and true -> (B, 1)."""
+        if y is None or y.shape != y_pred.shape or y.shape[1] != 1:
+            raise ValueError("y: must be label maps (B, 1, H, W, D) of the shape of y_pred")
+        masks = [(volume.cpu().round() == self.label).numpy() for volume in (y_pred, y)]
+        values = [self.measure(prediction[0], truth[0]) for prediction, truth in zip(*masks, strict=True)]
+        return torch.tensor(values, dtype=torch.float32)[:, None]
+
+    def aggregate(self) -> torch.Tensor:  # type: ignore[override]
+        """Mean over cases; scalar."""
+        return torch.as_tensor(self.get_buffer()).mean()
 
 
 class RenderingMetric(CumulativeIterationMetric):

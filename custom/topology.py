@@ -15,6 +15,7 @@ from scipy import ndimage
 from skimage.measure import euler_number
 
 __all__ = [
+    "betti_errors",
     "betti_numbers",
     "components_touching",
     "contact_areas",
@@ -82,6 +83,22 @@ def betti_numbers(mask: ArrayLike) -> tuple[int, int, int]:
     b2 = int(_cavities(padded)[1])
     chi = int(euler_number(padded, connectivity=3))
     return b0, b0 + b2 - chi, b2
+
+
+def betti_errors(prediction: ArrayLike, truth: ArrayLike) -> tuple[int, int, int]:
+    """Absolute differences of the Betti numbers of two masks.
+
+    Args:
+        prediction, truth: (H, W, D), non-zero is foreground; the shapes may differ.
+
+    Returns:
+        errors of (b0, b1, b2); all 0 if both masks are empty.
+
+    Raises:
+        ValueError: if an argument is not 3D.
+    """
+    e0, e1, e2 = (abs(a - b) for a, b in zip(betti_numbers(prediction), betti_numbers(truth), strict=True))
+    return e0, e1, e2
 
 
 def fill_cavities(mask: ArrayLike) -> BoolArray:

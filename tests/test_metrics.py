@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from shapes import KNOWN
 
 from custom.metrics import (
     MEASURES,
     RenderingMetric,
+    TopologyMetric,
     grain_ratio,
     label_mean_error,
     mean_absolute_error,
@@ -209,3 +211,24 @@ def test_metric_needs_image_and_label(channels):
     metric = RenderingMetric("mean_absolute_error", [1])
     with pytest.raises(ValueError, match=r"y: must be \(B, 2, H, W, D\), true image and label"):
         metric(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, channels, 4, 4, 4))
+
+
+def test_topology_metrics_are_means_over_cases_of_one_label():
+    balls, ring, wall = (torch.from_numpy(KNOWN[name][0])[None].long() for name in ("two balls", "torus", "shell"))
+    truth = torch.stack([3 * balls, 3 * ring, 3 * wall])
+    predicted = torch.stack([3 * ring + 5 * balls * (1 - ring), 3 * ring, 3 * balls])
+    for measure, expected in (("betti_error_0", 2 / 3), ("betti_error_1", 1 / 3), ("betti_error_2", 1 / 3)):
+        metric = TopologyMetric(measure, 3)
+        for prediction, reference in zip(predicted, truth, strict=True):
+            metric(prediction[None], reference[None])
+        assert float(metric.aggregate()) == pytest.approx(expected)
+    same = TopologyMetric("cl_dice", 3)
+    same(truth, truth)
+    assert float(same.aggregate()) == 1.0
+
+
+def test_topology_metrics_refuse_what_they_cannot_compare():
+    with pytest.raises(ValueError, match=r"measure: must be one of \['betti_error_0', .* got 'betti'"):
+        TopologyMetric("betti", 3)
+    with pytest.raises(ValueError, match=r"y: must be label maps \(B, 1, H, W, D\)"):
+        TopologyMetric("cl_dice", 3)(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4))

@@ -5,6 +5,7 @@ import pytest
 from shapes import GRID, KNOWN, ball, hollow_tube, shell, torus, voxels
 
 from custom.topology import (
+    betti_errors,
     betti_numbers,
     components_touching,
     contact_areas,
@@ -18,6 +19,12 @@ def test_betti_numbers_of_known_shapes(name):
     mask, expected = KNOWN[name]
     assert betti_numbers(mask) == expected
     assert betti_numbers(mask.astype(np.uint8) * 7) == expected
+
+
+@pytest.mark.parametrize(("a", "b", "errors"), [("ball", "torus", (0, 1, 0)), ("two balls", "shell", (1, 0, 1))])
+def test_betti_errors_are_differences_without_sign(a, b, errors):
+    assert betti_errors(KNOWN[a][0], KNOWN[b][0]) == betti_errors(KNOWN[b][0], KNOWN[a][0]) == errors
+    assert betti_errors(KNOWN[a][0], KNOWN[a][0]) == (0, 0, 0)
 
 
 def test_fill_cavities_fills_only_what_is_closed():
