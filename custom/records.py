@@ -6,18 +6,32 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-__all__ = ["claim_folder", "content_hash", "file_hash", "file_hashes", "plain_values", "replace_file", "write_json"]
+__all__ = [
+    "claim_folder",
+    "content_hash",
+    "file_hash",
+    "file_hashes",
+    "part_of",
+    "plain_values",
+    "replace_file",
+    "write_json",
+]
+
+
+def part_of(path: Path) -> Path:
+    """Hidden neighbour to write to; no two processes share one, also of machines that share a folder."""
+    return path.with_name(f".part_{platform.node()}_{os.getpid()}_{path.name}")
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part_{uuid4().hex}_{path.name}")  # process numbers repeat on other machines
+    part = part_of(path)
     try:
         write(part)
         os.replace(part, path)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from monai.config import PathLike
 from monai.data import NibabelWriter
 from monai.transforms import Orientation, Transform
 from nibabel.orientations import aff2axcodes
+
+from custom.records import part_of
 
 
 class AtomicNibabelWriter(NibabelWriter):
@@ -26,7 +27,7 @@ class AtomicNibabelWriter(NibabelWriter):
             OSError: naming the file, when the disk is full or the folder cannot be written; no partial file stays.
         """
         path = Path(filename)
-        temporary = path.with_name(f".partial_{uuid4().hex}_{path.name}")
+        temporary = part_of(path)
         try:
             super().write(temporary, verbose, **obj_kwargs)
             os.replace(temporary, path)

@@ -6,7 +6,6 @@ Real files go through the transforms of the configs; the rules themselves are te
 import contextlib
 import gzip
 import json
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +16,7 @@ from conftest import CONFIGS, TINY
 from monai.bundle import ConfigParser
 
 from custom.inferers import windows_of
+from custom.records import part_of
 
 SPACING_MM = 1.5
 NOMINAL_HU = json.loads((CONFIGS / "inference.json").read_text())["nominal_hu"]
@@ -363,7 +363,7 @@ def test_bad_mask_among_good_ones_leaves_the_complete_results_and_no_part_of_its
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_full_disk_is_named_and_leaves_no_part_of_the_result(render, files, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / f"out/.partial_{os.getpid()}_label_from_image.nii.gz").symlink_to("/dev/full")
+    part_of(tmp_path / "out/label_from_image.nii.gz").symlink_to("/dev/full")
     with refused(tmp_path / "out/label_from_image.nii.gz", "No space left on device; nothing was written"):
         render(files["label"])
     assert written(tmp_path / "out") == []

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING
 from ignite.engine import Events
+from scipy import ndimage
 
 from custom.networks import StructDiffUNet
 
@@ -189,8 +190,9 @@ def test_rendering_lies_on_the_grid_of_its_mask(workflow, cohort, tmp_path, weig
     template_image = np.asarray(nib.load(cohort / "images/subject_000.nii.gz").dataobj)
     template_label = np.asarray(nib.load(cohort / "labels/subject_000.nii.gz").dataobj)
     image = np.asarray(rendered.dataobj)
-    for chamber in (2, 3, 4, 5):
-        assert abs(image[label == chamber].mean() - template_image[template_label == chamber].mean()) < 40, chamber
+    for chamber in (2, 3, 4, 5):  # without their rims: voxels of 3 mm are interpolated to 2.5 mm
+        inside, template_inside = (ndimage.binary_erosion(ids == chamber) for ids in (label, template_label))
+        assert abs(image[inside].mean() - template_image[template_inside].mean()) < 40, chamber
 
 
 def test_second_run_keeps_complete_results_and_makes_missing_ones_alike(workflow, cohort, tmp_path, weights):

@@ -1,7 +1,6 @@
 """Rendered volumes are written whole or not at all."""
 
 import errno
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import EnsureChannelFirst, LoadImage, Orientation
 
+from custom.records import part_of
 from custom.writers import SaveVolumed
 
 OBLIQUE = np.array([[1.2, -0.3, 0.0, 7.0], [0.2, 1.1, 0.1, -80.0], [0.0, -0.2, -2.5, 33.0], [0, 0, 0, 1]])
@@ -92,7 +92,7 @@ def test_older_result_is_replaced(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("shape", [(5, 7, 3), (90, 80, 70)], ids=["fails when closed", "fails while writing"])
 def test_full_disk_is_named_and_leaves_nothing(tmp_path, shape):
-    (tmp_path / f".partial_{os.getpid()}_case.nii.gz").symlink_to("/dev/full")
+    part_of(tmp_path / "case.nii.gz").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device; nothing was written, make room") as caught:
         save(tmp_path, shape=shape)
     assert caught.value.errno == errno.ENOSPC
