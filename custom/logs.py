@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import mlflow
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
 from custom.pictures import save_sheet
+
+EXPERIMENT = "structdiff_cardiac"
 
 
 class Previews:
@@ -60,6 +63,35 @@ class Previews:
                 self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels
             )
         self._rows, self._drawn = [], 0
+
+
+def log_run(
+    tracking_uri: str,
+    output_dir: str | os.PathLike,
+    *,
+    run_name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Sequence[str | os.PathLike],
+) -> None:
+    """Log what a stage without an engine made as one MLflow run; artifacts are kept in the output folder.
+
+    Args:
+        tracking_uri: of MLflow.
+        output_dir: of the stage; else artifacts would go to the folder of the caller.
+        run_name: of the run.
+        params, metrics: numbers that are not finite are left out.
+        artifacts: files to copy.
+    """
+    mlflow.set_tracking_uri(tracking_uri)
+    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        mlflow.create_experiment(EXPERIMENT, artifact_location=(Path(output_dir) / "mlartifacts").resolve().as_uri())
+    mlflow.set_experiment(EXPERIMENT)
+    with mlflow.start_run(run_name=run_name):
+        mlflow.log_params(dict(params))
+        mlflow.log_metrics({name: value for name, value in metrics.items() if np.isfinite(value)})
+        for artifact in artifacts:
+            mlflow.log_artifact(str(artifact))
 
 
 class MetricsTable:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 
+from custom.logs import log_run
 from custom.mask_transforms import IMAGES, MASKS, PREPARED, RECORDS, label_map_of
 from custom.pictures import save_mask_sheet
 from custom.records import replace_file, write_json
@@ -20,8 +20,6 @@ from custom.records import replace_file, write_json
 logger = logging.getLogger(__name__)
 
 __all__ = ["summarise_masks"]
-
-EXPERIMENT = "structdiff_cardiac"
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,15 +88,14 @@ def summarise_masks(
         "accepted_at_once": float(retries.count(0)),
         "mean_retries": float(np.mean(retries)) if retries else float("nan"),
     }
-    mlflow.set_tracking_uri(tracking_uri)
-    if mlflow.get_experiment_by_name(EXPERIMENT) is None:  # else artifacts would go to the folder of the caller
-        mlflow.create_experiment(EXPERIMENT, artifact_location=(root / "mlartifacts").resolve().as_uri())
-    mlflow.set_experiment(EXPERIMENT)
-    with mlflow.start_run(run_name="generate_masks"):
-        mlflow.log_params({"seed": provenance["seed"], "config_hash": provenance["config_hash"]})
-        mlflow.log_metrics({k: v for k, v in measures.items() if np.isfinite(v)})
-        if accepted:
-            mlflow.log_artifact(str(_write_pictures(root, accepted, vessel_labels)))
+    log_run(
+        tracking_uri,
+        root,
+        run_name="generate_masks",
+        params={"seed": provenance["seed"], "config_hash": provenance["config_hash"]},
+        metrics=measures,
+        artifacts=[_write_pictures(root, accepted, vessel_labels)] if accepted else [],
+    )
     items = [
         {"label": f"{MASKS}/{r['case']}.nii.gz", "source": r["source"], "record": f"{RECORDS}/{r['case']}.json"}
         | ({"image": f"{IMAGES}/{r['case']}.nii.gz"} if provenance["with_image"] else {})

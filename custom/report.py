@@ -10,11 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 from numpy.typing import NDArray
 
+from custom.logs import log_run
 from custom.pictures import case_png, histogram_png, ranges_png
 from custom.records import replace_file
 
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["write_report"]
 
-EXPERIMENT = "structdiff_cardiac"
 _VOXELS = 100_000  # a label in the distributions, over all cases
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 62rem; padding: 1rem; }
@@ -155,14 +154,15 @@ def write_report(
     path = root / "report.html"
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
     if tracking_uri:
-        mlflow.set_tracking_uri(tracking_uri)
-        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-            mlflow.create_experiment(EXPERIMENT, artifact_location=(root / "mlartifacts").resolve().as_uri())
-        mlflow.set_experiment(EXPERIMENT)
-        with mlflow.start_run(run_name="synthesize"):
-            mlflow.log_metrics({"accepted": len(kept), "rejected": len(rejected)})
-            mlflow.log_metric("mean_score_hu", float(np.mean([r["score_hu"] for r in [*kept, *rejected]])))
-            mlflow.log_artifact(str(path))
+        scores = [record["score_hu"] for record in [*kept, *rejected]]
+        log_run(
+            tracking_uri,
+            root,
+            run_name="synthesize",
+            params={"config_hash": content["provenance"].get("config_hash")},
+            metrics={"accepted": len(kept), "rejected": len(rejected), "mean_score_hu": float(np.mean(scores))},
+            artifacts=[path],
+        )
     logger.info("report of %d cases: %s", len(kept) + len(rejected), path)
     return str(path)
 

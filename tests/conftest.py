@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
+from custom.networks import StructDiffUNet
 from custom.phantom import make
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,16 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four phantoms of 58^3 at 2.5 mm: two for training, one for validation, one for test."""
     directory = tmp_path_factory.mktemp("cohort")
     make(str(directory), subjects=4, shape=(58, 58, 58), spacing_mm=2.5, validation_fraction=0.25, test_fraction=0.25)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a network that adds 10 HU of noise to the prior: enough to see where things land."""
+    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
+    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
+    directory = tmp_path_factory.mktemp("weights")
+    torch.save(network.state_dict(), directory / "model.pt")
     return directory
 
 

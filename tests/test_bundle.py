@@ -17,8 +17,6 @@ from conftest import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING
 from ignite.engine import Events
 from scipy import ndimage
 
-from custom.networks import StructDiffUNet
-
 SHARED_BLOCKS = (
     "label_names",
     "nominal_hu",
@@ -28,16 +26,6 @@ SHARED_BLOCKS = (
     "residual_scale_hu",
     "network_def",
 )
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Weights of a network that adds 10 HU of noise to the prior: enough to see where things land."""
-    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
-    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
-    directory = tmp_path_factory.mktemp("weights")
-    torch.save(network.state_dict(), directory / "model.pt")
-    return directory
 
 
 def template_of(cohort, subject="subject_000"):

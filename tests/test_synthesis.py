@@ -12,23 +12,12 @@ import torch
 from conftest import TINY
 from test_bundle import fails_with, template_of
 
-from custom.networks import StructDiffUNet
 from custom.quality import Gate, examine, rejections
 from custom.synthesis import synthesis_cases
 from custom.uncertainty import EDGE_BINS_MM
 
 CONFIGS = ("inference.json", "synthesize.json")
 MAPPING = {"from": [11], "to": [0]}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Weights of a network that adds 10 HU of noise to the prior."""
-    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
-    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
-    directory = tmp_path_factory.mktemp("weights")
-    torch.save(network.state_dict(), directory / "model.pt")
-    return directory
 
 
 def options(cohort, weights, folder):
