@@ -261,7 +261,7 @@ def test_measures_of_a_perfect_image_are_those_of_its_template():
     measures = examine(image, label, template_means=MEANS, template_image=None, thin_labels=[9])
     assert measures["label_error_hu"] == {3: pytest.approx(0)}
     assert measures["vessel_contrast"] == pytest.approx(1)
-    assert measures["vessel_continuity"] > 0.9  # its two ends are smoothed
+    assert measures["vessel_continuity"] == 1
     assert np.isnan(measures["template_copy"])
     assert rejections(measures, 5.0, Gate()) == []
 
@@ -276,6 +276,17 @@ def test_faint_broken_and_copied_images_are_named():
     assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
     off = Gate(None, {}, None, None, None, None)
     assert rejections(measures, 5.0, off) == []
+
+
+def test_vessels_one_voxel_wide_are_continuous_too():
+    label = np.zeros((20, 20, 30), np.int64)
+    label[10, 10, 3:27] = 9
+    image = np.where(label == 9, 300.0, -60.0).astype(np.float32)
+    measures = examine(image, label, template_means=MEANS, template_image=None, thin_labels=[9])
+    assert measures["vessel_continuity"] == 1
+    image[10, 10, 12:18] = -60
+    measures = examine(image, label, template_means=MEANS, template_image=None, thin_labels=[9])
+    assert measures["vessel_continuity"] == pytest.approx(1 - 6 / 24, abs=2.1 / 24)
 
 
 def test_a_label_off_its_template_is_named():
