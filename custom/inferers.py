@@ -225,7 +225,7 @@ class PredictedVarianceInferer(StructDiffInferer):
     What the network knows of the truth is mean and deviation of the residual; their variance is propagated exactly
     (`local_mean_variance`). Where an image is farther from the mean than three deviations, as where it does not show
     its label, a ninth of the squared distance counts instead. One encoding more than the image alone, no network call.
-    On phantoms nothing of 30 calls tells the error better (benchmarks/ssv.py).
+    On phantoms no score of 30 calls tells the error of voxels better (benchmarks/ssv.py).
     """
 
     @torch.no_grad()
