@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
     {
         "checks",
+        "confidence",
         "datalists",
         "engines",
         "handlers",

@@ -1,0 +1,118 @@
+"""Layer 2: from the variance of renderings to a confidence for every voxel, and the tables that scale it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
+from monai.transforms import Transform
+from monai.utils import CommonKeys as Keys
+
+from custom.checks import file_of
+from custom.records import content_hash, plain_values, write_json
+from custom.transforms import plain
+from custom.uncertainty import EDGE_BINS_MM, confidence, edge_bins, sample_score, tau_table
+
+logger = logging.getLogger(__name__)
+
+_VOXELS_OF_A_CELL = 20_000
+
+
+class SplitVarianced(Transform):
+    """Split `pred` (2, H, W, D) into `pred`, the image, and `variance`, both (1, H, W, D)."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Split one item."""
+        return {**data, "pred": data["pred"][:1], "variance": data["pred"][1:]}
+
+
+class Confidenced(Transform):
+    """Add `confidence` (1, H, W, D) and `score` (HU) from `variance` and `label`.
+
+    Args:
+        table: JSON file of :class:`CalibrateConfidence`.
+        made_with: what the variance depends on: weights, spacing and so on; the table must agree with all of it.
+        c_min: smallest confidence.
+
+    Raises:
+        FileNotFoundError: when there is no table.
+        ValueError: when it was made with something else.
+    """
+
+    def __init__(self, table: str, *, made_with: Mapping[str, Any], c_min: float = 0.05) -> None:
+        path = Path(table)
+        if not path.is_file():
+            raise FileNotFoundError(f"{table}: no confidence table; run calibrate.json with these weights first")
+        content = json.loads(path.read_text())
+        wanted = {**plain_values(made_with), "edge_bins_mm": list(EDGE_BINS_MM)}
+        for key, value in wanted.items():
+            if content.get(key) != value:
+                raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
+        self.tau = torch.tensor(content["tau_hu2"])
+        self.spacing_mm, self.c_min = wanted["spacing_mm"], c_min
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Judge one item."""
+        label, variance = plain(data["label"])[0, 0].cpu(), plain(data["variance"])[0, 0].cpu()
+        values = confidence(variance, label, edge_bins(label, self.spacing_mm), self.tau, c_min=self.c_min)
+        kept = MetaTensor(values[None], meta=data["pred"].meta)
+        return {**data, "confidence": kept, "score": sample_score(variance, label)}
+
+
+class CalibrateConfidence:
+    """Collect variances of rendered held-out masks and write the confidence table.
+
+    At most 20,000 voxels of each label and edge bin are kept of a case, drawn from its name.
+
+    Args:
+        path: JSON file to write.
+        made_with: what the variance depends on, "spacing_mm" among it; goes into the table.
+        num_labels: label ids 0 to num_labels - 1.
+        quantile: variance at which confidence is one half.
+    """
+
+    def __init__(self, path: str, *, made_with: Mapping[str, Any], num_labels: int, quantile: float = 0.9) -> None:
+        self.path, self.made_with = Path(path), plain_values(made_with)
+        self.num_labels, self.quantile = num_labels, quantile
+        self._cases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._names: list[str] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator whose predictions are (B, 2, H, W, D)."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def collect(self, engine: Engine) -> None:
+        """Keep variance, label and edge bin of some voxels of each case."""
+        variances, labels = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch["label"]  # type: ignore[index]
+        for variance, volume in zip(variances, labels, strict=True):
+            label = plain(volume)[0, 0].cpu().round().long()
+            bins = edge_bins(label, self.made_with["spacing_mm"])
+            generator = torch.Generator().manual_seed(int(content_hash(file_of(volume).encode())[:8], 16))
+            cell, kept = (label * (len(EDGE_BINS_MM) + 1) + bins).flatten(), []
+            for index in cell.unique().tolist():
+                voxels = (cell == index).nonzero()[:, 0]
+                kept.append(voxels[torch.randperm(len(voxels), generator=generator)[:_VOXELS_OF_A_CELL]])
+            chosen = torch.cat(kept)
+            self._cases.append((variance.flatten()[chosen], label.flatten()[chosen], bins.flatten()[chosen]))
+            self._names.append(file_of(volume))
+
+    def write(self, engine: Engine) -> None:
+        """Write the table."""
+        tau, count = tau_table(self._cases, num_labels=self.num_labels, quantile=self.quantile)
+        content = {
+            "tau_hu2": tau.tolist(),
+            "voxels": count.tolist(),
+            "edge_bins_mm": list(EDGE_BINS_MM),
+            "quantile": self.quantile,
+            "masks": self._names,
+        }
+        write_json(self.path, {**content, **self.made_with})
+        logger.info("confidence table of %d cases: %s", len(self._cases), self.path)
