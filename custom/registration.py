@@ -294,6 +294,6 @@ def template_coordinates(
     """
     affine = align_extent(template_label, target_label, labels=labels)
     here = identity_coordinates(target_label.shape[2:], device=target_label.device)
-    aligned = align_label_map(template_label, target_label, labels=labels)
+    aligned = sample(template_label, _transform(affine, here), mode="nearest")
     displacement = register_label_maps(aligned, target_label, labels=labels, spacing_mm=spacing_mm)
     return _transform(affine, here + displacement)

@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.transforms import LoadImage, Transform
+from monai.transforms import LoadImage, MapLabelValue, Transform
 
 from custom.datalists import case_name, check_files
 from custom.quality import Gate, examine, rejections
@@ -26,18 +26,14 @@ CHOICES = ("source", "nearest", "random", "all")
 ACCEPTED, REJECTED = "", "rejected/"
 
 
-def mapped(ids: np.ndarray, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Renumbers labels: what is "from" becomes "to", other ids stay."""
-    result = ids.copy()
-    for old, new in zip(label_mapping["from"], label_mapping["to"], strict=True):
-        result[ids == old] = new
-    return result
+def _label_mapper(label_mapping: Mapping[str, Sequence[int]]) -> MapLabelValue:
+    return MapLabelValue(label_mapping["from"], label_mapping["to"], dtype=np.int64)
 
 
 def _volumes(path: str, num_labels: int, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
     """Volume of each label in ml; ids beyond the map are left out."""
     volume = LoadImage()(path)
-    ids = mapped(volume.numpy().astype(np.int64), label_mapping)
+    ids = np.asarray(_label_mapper(label_mapping)(volume.numpy()))
     counts = np.bincount(ids.ravel().clip(0), minlength=num_labels)
     return counts[1:num_labels] * float(volume.pixdim.prod()) / 1000
 
@@ -63,7 +59,7 @@ def synthesis_cases(
         images_per_mask: templates a mask; "source" has one, "all" takes them all.
         seed: of the draws, which depend on it and the name of the mask alone.
         num_labels: label ids 0 to num_labels - 1.
-        label_mapping: "from" and "to" ids, see `mapped`.
+        label_mapping: "from" and "to" ids; others stay.
         mode: of rendering; only "template" can be judged against a template.
 
     Returns:
@@ -191,7 +187,7 @@ class SaveSyntheticd(Transform):
     def __init__(
         self, *, output_dir: str, cases: Sequence[Mapping[str, Any]], label_mapping: Mapping[str, Sequence[int]]
     ) -> None:
-        self.root, self.mapping = Path(output_dir), label_mapping
+        self.root, self.renumber = Path(output_dir), _label_mapper(label_mapping)
         self.sources = {case["case"]: dict(case) for case in cases}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -207,7 +203,8 @@ class SaveSyntheticd(Transform):
         SaveVolumed("confidence", output_dir=str(self.root / place / "confidence"), dtype="float32", digits=2)(data)
         source = self.sources[case]
         mask = LoadImage()(source["label"])
-        label = nib.Nifti1Image(mapped(mask.numpy(), self.mapping).astype(np.uint8), mask.affine.numpy())
+        ids = np.asarray(self.renumber(mask.numpy())).astype(np.uint8)
+        label = nib.Nifti1Image(ids, mask.affine.numpy())
         replace_file(self.root / files["label"], partial(nib.save, label))
         content = {
             "case": case,
@@ -235,12 +232,10 @@ def write_synthetic_datalist(
         how many are in each list, and how many are "missing".
     """
     root = Path(output_dir)
-    seen = -1
-    while True:
+    seen: set[tuple[Path, int]] | None = None
+    while seen != (found := {(path, path.stat().st_mtime_ns) for path in (root / "records").glob("*.json")}):
+        seen = found
         records = [record for case in cases if (record := record_of(output_dir, case))]
-        if len(records) == seen:
-            break
-        seen = len(records)
         lists: dict[str, list[dict[str, Any]]] = {"training": [], "rejected": []}
         for record in sorted(records, key=lambda record: record["case"]):
             item = {**record["paths"], "score_hu": record["score_hu"], "record": f"records/{record['case']}.json"}
@@ -249,6 +244,6 @@ def write_synthetic_datalist(
             else:
                 lists["training"].append(item)
         write_json(root / "datalist.json", {**lists, "provenance": dict(provenance)})
-    counts = {name: len(items) for name, items in lists.items()} | {"missing": len(cases) - seen}
+    counts = {name: len(items) for name, items in lists.items()} | {"missing": len(cases) - len(records)}
     logger.info("%(training)d synthetic cases, %(rejected)d rejected, %(missing)d missing", counts)
     return counts
