@@ -12,10 +12,28 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from nibabel.orientations import io_orientation
 
+_AFFINE_TOLERANCE_MM = 1e-2
+
 
 def file_of(volume: Any) -> str:
     """Name of the file a volume was read from."""
     return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume without a file"))
+
+
+def check_grid(first: Any, second: Any) -> None:
+    """Refuse two volumes (C, H, W, D) that are not on one grid.
+
+    Raises:
+        ValueError: naming both files and what differs.
+    """
+    sizes, difference = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0
+    if isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
+        difference = float((first.affine - second.affine).abs().max())
+    if sizes[0] != sizes[1] or difference > _AFFINE_TOLERANCE_MM:
+        raise ValueError(
+            f"{file_of(first)} and {file_of(second)}: they must share one grid, got sizes {sizes[0]} and "
+            f"{sizes[1]} and affines that differ by up to {difference:g} mm; resample the second"
+        )
 
 
 class LoadVolumesd(MapTransform):
@@ -67,7 +85,6 @@ class CheckVolumesd(MapTransform):
 
     _MAX_SPACING_RATIO = 3.0
     _MIN_VOXELS = 2
-    _AFFINE_TOLERANCE_MM = 1e-2
     _HU_LIMITS = (-4000.0, 40000.0)
 
     def __init__(
@@ -95,7 +112,7 @@ class CheckVolumesd(MapTransform):
             else:
                 self._check_image(data[key])
         for first, second in self.grids:
-            self._check_grid(data[first], data[second])
+            check_grid(data[first], data[second])
         return dict(data)
 
     def _check_form(self, volume: Any) -> None:
@@ -151,13 +168,3 @@ class CheckVolumesd(MapTransform):
             )
         if ids == [0]:
             raise ValueError(f"{file_of(label)}: the mask is empty; every case needs at least one label")
-
-    def _check_grid(self, first: Any, second: Any) -> None:
-        sizes, difference = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0
-        if isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
-            difference = float((first.affine - second.affine).abs().max())
-        if sizes[0] != sizes[1] or difference > self._AFFINE_TOLERANCE_MM:
-            raise ValueError(
-                f"{file_of(first)} and {file_of(second)}: image and mask must share one grid, got sizes {sizes[0]} and "
-                f"{sizes[1]} and affines that differ by up to {difference:g} mm; resample the mask"
-            )

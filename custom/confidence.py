@@ -1,4 +1,4 @@
-"""Layer 2: from the variance of renderings to a confidence for every voxel, and the tables that scale it."""
+"""Layer 2: the confidence of every voxel: from the variance of renderings, the tables that scale it, and read back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
-from monai.transforms import Transform
+from monai.transforms import Compose, EnsureChannelFirstd, Transform
 from monai.utils import CommonKeys as Keys
 
-from custom.checks import file_of
+from custom.checks import LoadVolumesd, check_grid, file_of
+from custom.losses import CALLoss
 from custom.records import content_hash, plain_values, write_json
 from custom.transforms import plain
 from custom.uncertainty import EDGE_BINS_MM, confidence, edge_bins, sample_score, tau_table
@@ -23,6 +24,32 @@ from custom.uncertainty import EDGE_BINS_MM, confidence, edge_bins, sample_score
 logger = logging.getLogger(__name__)
 
 _VOXELS_OF_A_CELL = 20_000
+
+
+class LoadConfidenced(Transform):
+    """Read `confidence` of a case on the grid of its `label`; a case without one is trusted everywhere.
+
+    Raises:
+        ValueError: naming the file, when it is on another grid, or not between 0 and 1.
+    """
+
+    def __init__(self) -> None:
+        self.load = Compose([LoadVolumesd("confidence"), EnsureChannelFirstd("confidence")])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add `confidence` (1, H, W, D) to an item whose label is (1, H, W, D)."""
+        item = dict(data)
+        if "confidence" not in item:
+            item["confidence"] = torch.ones_like(item["label"], dtype=torch.float32)
+            return item
+        item = self.load(item)
+        low, high = float(item["confidence"].min()), float(item["confidence"].max())
+        if not (low >= 0 and high <= 1):  # also refuses NaN
+            raise ValueError(
+                f"{file_of(item['confidence'])}: confidence must lie between 0 and 1, got {low:g} to {high:g}"
+            )
+        check_grid(item["label"], item["confidence"])
+        return item
 
 
 class SplitVarianced(Transform):
@@ -116,3 +143,32 @@ class CalibrateConfidence:
         }
         write_json(self.path, {**content, **self.made_with})
         logger.info("confidence table of %d cases: %s", len(self._cases), self.path)
+
+
+class ConfidenceSchedule:
+    """Raise the exponent of the confidence in a :class:`custom.losses.CALLoss` from 0 to 1, by epochs.
+
+    During the first epochs confidence says nothing yet about what the segmenter finds hard; it first learns from all.
+
+    Args:
+        loss: whose `gamma` is set.
+        warmup_epochs: so many epochs with gamma 0.
+        ramp_epochs: so many more until gamma is 1, in equal steps.
+
+    Raises:
+        ValueError: for a negative number of epochs.
+    """
+
+    def __init__(self, loss: CALLoss, *, warmup_epochs: int, ramp_epochs: int) -> None:
+        if warmup_epochs < 0 or ramp_epochs < 0:
+            raise ValueError(f"warmup_epochs, ramp_epochs: must not be negative, got {warmup_epochs}, {ramp_epochs}")
+        self.loss, self.warmup_epochs, self.ramp_epochs = loss, warmup_epochs, ramp_epochs
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set gamma; epochs count from 1."""
+        done = engine.state.epoch - self.warmup_epochs
+        self.loss.gamma = min(max(done / (self.ramp_epochs + 1), 0.0), 1.0)

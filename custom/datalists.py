@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
-_FILE_KEYS = ("image", "label", "template_image", "template_label")
+from custom.uncertainty import sample_weights
+
+logger = logging.getLogger(__name__)
+
+_FILE_KEYS = ("image", "label", "confidence", "template_image", "template_label")
 
 
 def check_files(items: Sequence[Mapping[str, Any]], source: str) -> None:
@@ -36,6 +41,7 @@ def load_cases(
     keys: Sequence[str] = ("image", "label"),
     limit: int | None = None,
     extras: Sequence[str] = (),
+    extra_files: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Read cases from decathlon-style datalists; relative paths are relative to their datalist.
 
@@ -45,6 +51,7 @@ def load_cases(
         keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
         limit: at most so many cases of each datalist.
         extras: further entries to keep as they are, where a case has them.
+        extra_files: further files to keep as absolute paths, where a case has them.
 
     Returns:
         one dictionary a case: `keys` as absolute paths, `case` (name of its label file) and `weight`.
@@ -68,7 +75,8 @@ def load_cases(
             absent = [key for key in keys if key not in item]
             if absent:
                 raise ValueError(f"{datalist}: a case of {section!r} has no {absent}; every case needs {list(keys)}")
-            files = {key: os.path.join(base, item[key]) for key in keys}
+            own = [key for key in extra_files if key in item]
+            files = {key: os.path.join(base, item[key]) for key in [*keys, *own]}
             more = {key: item[key] for key in extras if key in item}
             cases.append({**files, **more, "case": case_name(item["label"]), "weight": float(item.get("weight", 1.0))})
     if not cases:
@@ -118,3 +126,40 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
 def pending(cases: Sequence[dict[str, Any]], output_dir: str, suffix: str = ".nii.gz") -> list[dict[str, Any]]:
     """Cases whose result `output_dir/<case><suffix>` does not exist yet; results appear there only when complete."""
     return [case for case in cases if not os.path.isfile(os.path.join(output_dir, case["case"] + suffix))]
+
+
+def pretraining_cases(
+    datalists: Sequence[str] | str, section: str, *, real_datalists: Sequence[str] | str = (), real_share: float = 0.25
+) -> list[dict[str, Any]]:
+    """Synthetic cases with their confidence and sample weight, and real ones among them.
+
+    Args:
+        datalists: of synthetic cases, as `synthesize.json` writes them. `confidence` (a file) and `score_hu` are
+            optional: a case without confidence is trusted everywhere, one without score weighs the mean; said once.
+        section: of both kinds of datalists.
+        real_datalists: of real cases, trusted everywhere; empty for none.
+        real_share: share of the samples that are drawn from the real cases, when there are any.
+
+    Returns:
+        `image`, `label`, `case`, `weight` (of drawing), `sample_weight` (in the loss; mean 1), and `confidence` where
+        there is one.
+
+    Raises:
+        FileNotFoundError: naming all missing files.
+        ValueError: as :func:`load_cases`; when `real_share` is not between 0 and 1.
+    """
+    if not 0 < real_share < 1:
+        raise ValueError(f"real_share: must be between 0 and 1, got {real_share}; give no real_datalists for none")
+    cases = load_cases(datalists, section, extras=["score_hu"], extra_files=["confidence"])
+    for key in ("confidence", "score_hu"):
+        without = sum(key not in case for case in cases)
+        if without:
+            logger.warning("%d of %d synthetic cases have no %s: they count as 1", without, len(cases), key)
+    scores = [float(case.pop("score_hu", "nan")) for case in cases]
+    cases = [{**case, "sample_weight": r} for case, r in zip(cases, sample_weights(scores), strict=True)]
+    if not real_datalists:
+        return cases
+    real = load_cases(real_datalists, section)
+    synthetic_total, real_total = (sum(case["weight"] for case in part) for part in (cases, real))
+    factor = real_share / (1 - real_share) * synthetic_total / real_total
+    return cases + [{**case, "weight": factor * case["weight"], "sample_weight": 1.0} for case in real]

@@ -1,4 +1,4 @@
-"""Layer 2: how a batch of pairs becomes a training or a rendering problem for MONAI's stock engines."""
+"""Layer 2: how a batch becomes a problem of training or rendering for MONAI's stock engines."""
 
 from __future__ import annotations
 
@@ -64,3 +64,16 @@ class PrepareRendering(PrepareBatch):
         if "image" in batchdata:
             truth = torch.cat([_move(batchdata, key, device, non_blocking) for key in ("image", "label")], 1)
         return context, truth, (), {"cases": list(batchdata["case"])}
+
+
+class PrepareConfidence(PrepareBatch):
+    """Batch -> (image, targets of :class:`custom.losses.CALLoss`) for MONAI's `SupervisedTrainer`."""
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, Any]]:
+        """Image (B, 1, H, W, D) and `label`, `confidence` (B, 1, H, W, D), `sample_weight` (B,)."""
+        keys = ("label", "confidence")
+        targets = {key: _move(batchdata, key, device, non_blocking) for key in keys}
+        targets["sample_weight"] = torch.as_tensor(batchdata["sample_weight"], dtype=torch.float32, device=device)
+        return _move(batchdata, "image", device, non_blocking), targets, (), {}

@@ -115,10 +115,14 @@ class Resume:
         objects: name -> object with `state_dict` and `load_state_dict`.
         path: of the one checkpoint file.
         device: where to load to.
+        forget_when_done: remove the file at the end of a run, so that the next one is another training; else a finished
+            run stays finished.
     """
 
-    def __init__(self, objects: dict[str, Any], path: str, device: torch.device) -> None:
-        self.objects, self.path = objects, Path(path)
+    def __init__(
+        self, objects: dict[str, Any], path: str, device: torch.device, *, forget_when_done: bool = False
+    ) -> None:
+        self.objects, self.path, self.forget_when_done = objects, Path(path), forget_when_done
         self.places = {"cpu": str(device), "cuda:0": str(device)}
 
     def attach(self, engine: Engine) -> None:
@@ -133,6 +137,8 @@ class Resume:
             logger.info("resumed from %s at epoch %d", self.path, engine.state.epoch)
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save, state)
+            if self.forget_when_done:
+                engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
 
     def save(self, engine: Engine, state: dict[str, Any]) -> None:
         """Write the checkpoint."""
@@ -149,6 +155,29 @@ class WeightAverage(EMAHandler):
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         setattr(engine.state, name, max(self.momentum, 10 / (10 + engine.state.iteration)))
         super()._update_ema_model(engine, name)
+
+
+def load_pretrained(model: torch.nn.Module, path: str) -> bool:
+    """Load weights to start a training from, where there are any.
+
+    Not a handler: a checkpoint that the trainer's handlers load, to resume or in MONAI Label, comes later and wins.
+
+    Args:
+        model: the network to fill.
+        path: of the weights; a missing file is said in the log.
+
+    Returns:
+        whether there were any.
+
+    Raises:
+        ValueError: when they are of another network.
+    """
+    if not os.path.isfile(path):
+        logger.info("%s: no pre-trained weights; training starts from random ones", path)
+        return False
+    LoadWeights(model, path)()
+    logger.info("training starts from %s", path)
+    return True
 
 
 class LoadWeights:
@@ -170,7 +199,7 @@ class LoadWeights:
         """Attach to an evaluator."""
         engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine | None = None) -> None:
         """Load."""
         if not os.path.isfile(self.path):
             raise FileNotFoundError(

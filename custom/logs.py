@@ -11,11 +11,14 @@ from typing import Any
 import ignite.distributed as idist
 import mlflow
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.transforms import Orientation
 from monai.utils import CommonKeys as Keys
 
-from custom.pictures import save_sheet
+from custom.pictures import save_mask_sheet, save_sheet
+from custom.records import replace_file
 
 EXPERIMENT = "structdiff_cardiac"
 
@@ -124,3 +127,81 @@ class MetricsTable:
             writer.writeheader()
             writer.writerows([*rows, row])
         os.replace(temporary, self.path)
+
+
+class LabelTable:
+    """Write `<path>` with a row for every case and label, and add the mean of every label to the engine's metrics.
+
+    Attach before handlers that log metrics. A metric joins through `save_details` of its handler.
+
+    Args:
+        path: of the CSV; columns `case`, `label` and the metrics; empty where a metric is not defined.
+        label_names: one for each id, background first.
+        columns: metric -> ids of its columns.
+    """
+
+    def __init__(self, path: str, *, label_names: Sequence[str], columns: Mapping[str, Sequence[int]]) -> None:
+        self.path, self.label_names = Path(path), list(label_names)
+        self.columns = {name: list(ids) for name, ids in columns.items()}
+        self._cases: list[str] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator of decollated batches."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the order of the cases."""
+        self._cases += [item["case"] for item in engine.state.batch]  # type: ignore[union-attr]
+
+    def write(self, engine: Engine) -> None:
+        """Write the table."""
+        details: Mapping[str, Any] = engine.state.metric_details  # type: ignore[attr-defined]
+        ids = sorted({k for own in self.columns.values() for k in own})
+        rows: list[dict[str, Any]] = [{"case": case, "label": self.label_names[k]} for case in self._cases for k in ids]
+        for name, own in self.columns.items():
+            values = torch.as_tensor(details[name]).cpu().numpy()
+            for column, k in enumerate(own):
+                for row, value in zip(rows[ids.index(k) :: len(ids)], values[:, column], strict=True):
+                    row[name] = "" if np.isnan(value) else f"{value:.4f}"
+                known = values[:, column][~np.isnan(values[:, column])]
+                if len(known):
+                    engine.state.metrics[f"{name} {self.label_names[k]}"] = float(known.mean())
+        self._cases = []
+
+        def save(part: Path) -> None:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["case", "label", *self.columns], restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+
+        replace_file(self.path, save)
+
+
+class SegmentationPictures:
+    """Write `<case>.png` of the first cases: true and predicted labels in three planes, and their vessels.
+
+    Args:
+        directory: of the pictures.
+        vessel_labels: ids of the vessel view.
+        cases: at most so many.
+    """
+
+    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 4) -> None:
+        self.directory, self.vessel_labels, self.cases = Path(directory), vessel_labels, cases
+        self.upright = Orientation(axcodes="RAS", labels=None)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator of decollated batches, whose predictions are label maps."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Draw one batch."""
+        if engine.state.iteration > self.cases or idist.get_rank() != 0:
+            return
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):  # type: ignore[call-overload]
+            rows = [
+                (f"{item['case']}: {title}", self.upright(output[key])[0].cpu().round().numpy())
+                for title, key in (("true", Keys.LABEL), ("predicted", Keys.PRED))
+            ]
+            save_mask_sheet(self.directory / f"{item['case']}.png", rows, vessel_labels=self.vessel_labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from monai.losses import SoftclDiceLoss
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
@@ -103,3 +104,113 @@ class StructDiffLoss(_Loss):
         context = pad_to_multiple(target["context"].float(), attention.stride)
         image = pad_to_multiple(target["image"].float(), attention.stride)
         return loss + self.correspondence_weight * attention.consistency(context, image)
+
+
+def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int, largest: float) -> torch.Tensor:
+    """Weights of mean 1 in every class of every sample: w = m / mean(m), m = min(values / mean(values), largest). Ours.
+
+    Nearly every voxel of a coronary lies at an edge, where confidence is low: normalised over the volume, the weights
+    would take loss away from the very class that has too little of it.
+
+    Args:
+        values: (B, 1, H, W, D), not negative; their scale does not matter.
+        label: (B, 1, H, W, D) ids, 0 to num_classes - 1.
+        num_classes: of the label map.
+        largest: limit of a voxel in units of its class's mean, before the last normalisation.
+
+    Returns:
+        (B, 1, H, W, D) float32. A class of zeros only says nothing about its voxels: they all get 1.
+    """
+    index = label.long().flatten(1) + num_classes * torch.arange(len(label), device=label.device)[:, None]
+    index, weights = index.flatten(), values.float().flatten()
+    total = len(label) * num_classes
+    count = torch.bincount(index, minlength=total).clamp(min=1)
+    for limit in (largest, float("inf")):
+        sums = torch.zeros(total, dtype=torch.float64, device=weights.device)  # float32 loses digits over many voxels
+        mean = sums.index_add_(0, index, weights.double()) / count
+        scale = torch.where(mean > 0, 1 / mean, 0.0).float()
+        weights = torch.where(mean[index] > 0, weights * scale[index], 1.0).clamp(max=limit)
+    return weights.view_as(values)
+
+
+class CALLoss(_Loss):
+    """Dice and cross-entropy weighted by confidence, for confidence-aware adaptive learning (ours).
+
+        L = mean(r w CE) + mean_bk r_b (1 - (2 sum(w p g) + eps) / (sum(w (p + g)) + eps)) + l mean_b(r_b clDice_b)
+
+    with w = :func:`class_normalised` confidence^gamma, r_b the weight of a sample, p the softmax of the logits, g the
+    one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not its masked losses:
+    they multiply prediction and label by the mask, which squares the weight in the Dice term.
+
+    `gamma` is 0 (all voxels alike) until :class:`custom.handlers.ConfidenceSchedule` raises it to 1.
+
+    Args:
+        gamma: exponent of the confidence.
+        largest_weight: see :func:`class_normalised`.
+        cl_dice_weight: l, factor of MONAI's `SoftclDiceLoss` of the thin labels; 0 leaves it out.
+        thin_labels: ids of tubular labels.
+
+    Raises:
+        ValueError: for a negative exponent or factor, `largest_weight` below 1, or a clDice term without labels.
+
+    References:
+        Sudre et al., Generalised Dice overlap, 2017 (Dice as a loss); Shit et al., clDice, CVPR 2021.
+    """
+
+    _SMOOTH = 1e-5  # as in DiceCELoss
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 1.0,
+        largest_weight: float = 5.0,
+        cl_dice_weight: float = 0.0,
+        thin_labels: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        if gamma < 0 or cl_dice_weight < 0:
+            raise ValueError(f"gamma, cl_dice_weight: must not be negative, got {gamma} and {cl_dice_weight}")
+        if largest_weight < 1:
+            raise ValueError(f"largest_weight: must be at least 1, the mean of the weights, got {largest_weight}")
+        if cl_dice_weight > 0 and not thin_labels:
+            raise ValueError("thin_labels: a clDice term needs the ids of tubular labels")
+        self.gamma, self.largest_weight = gamma, largest_weight
+        self.cl_dice_weight, self.thin_labels = cl_dice_weight, list(thin_labels)
+        self._cl_dice = SoftclDiceLoss(reduction="none")
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of a batch, in float32.
+
+        Args:
+            input: logits (B, C, H, W, D).
+            target: label ids (B, 1, H, W, D), or a dictionary of `label` and, where they matter, `confidence`
+                (B, 1, H, W, D), at least 0, and `sample_weight` (B,). What is absent counts as 1.
+
+        Returns:
+            scalar. A class that a sample lacks counts in its Dice as in `DiceCELoss`: 1 as soon as it is predicted.
+
+        Raises:
+            ValueError: when shapes do not fit.
+        """
+        parts = target if isinstance(target, Mapping) else {"label": target}
+        logits, label = input.float(), parts["label"]
+        confidence = parts.get("confidence", torch.ones_like(label))
+        sample = parts.get("sample_weight", logits.new_ones(len(logits))).to(logits)
+        if label.shape != (len(logits), 1, *logits.shape[2:]) or confidence.shape != label.shape:
+            raise ValueError(
+                f"target: label and confidence must be (B, 1, H, W, D) beside logits {tuple(logits.shape)}, got "
+                f"{tuple(label.shape)} and {tuple(confidence.shape)}"
+            )
+        w = class_normalised(confidence.float() ** self.gamma, label, logits.shape[1], self.largest_weight)
+        log_p, ids = logits.log_softmax(1), label.long()
+        p, r = log_p.exp(), sample.view(-1, 1, 1, 1, 1)
+        cross_entropy = -(r * w * log_p.gather(1, ids)).mean()
+        g = torch.zeros_like(p).scatter_(1, ids, 1.0)
+        wp, space = w * p, (2, 3, 4)
+        overlap, both = (wp * g).sum(space), (wp + w * g).sum(space)
+        dice = (r[..., 0, 0, 0] * (1 - (2 * overlap + self._SMOOTH) / (both + self._SMOOTH))).mean()
+        loss = cross_entropy + dice
+        if self.cl_dice_weight > 0:
+            thin = self._cl_dice(p[:, self.thin_labels], g[:, self.thin_labels])
+            loss = loss + self.cl_dice_weight * (sample * thin).mean()
+        return loss

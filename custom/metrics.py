@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from monai.metrics import CumulativeIterationMetric
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+from monai.metrics import CumulativeIterationMetric, HausdorffDistanceMetric, SurfaceDiceMetric
+from monai.networks import one_hot
 from scipy import ndimage
 
 from custom.template import label_statistics, noise_sd
@@ -106,33 +109,63 @@ MASK_MEASURES = {
 
 
 class TopologyMetric(CumulativeIterationMetric):
-    """One topological measure of one label of label maps, cumulated over cases; the aggregate is the mean over cases.
+    """One topological measure of labels of label maps, cumulated over cases; the aggregate is the mean over all.
 
     Args:
         measure: a name of MASK_MEASURES.
-        label: id whose mask is compared.
+        labels: id, or ids, whose masks are compared.
 
     Raises:
         ValueError: on an unknown measure.
     """
 
-    def __init__(self, measure: str, label: int) -> None:
+    def __init__(self, measure: str, labels: int | Sequence[int]) -> None:
         super().__init__()
         if measure not in MASK_MEASURES:
             raise ValueError(f"measure: must be one of {sorted(MASK_MEASURES)}, got {measure!r}")
-        self.measure, self.label = MASK_MEASURES[measure], label
+        self.measure, self.labels = MASK_MEASURES[measure], [labels] if isinstance(labels, int) else list(labels)
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """Label maps (B, 1, H, W, D), predicted and true -> (B, 1)."""
+        """Label maps (B, 1, H, W, D), predicted and true -> (B, labels)."""
         if y is None or y.shape != y_pred.shape or y.shape[1] != 1:
             raise ValueError("y: must be label maps (B, 1, H, W, D) of the shape of y_pred")
-        masks = [(volume.cpu().round() == self.label).numpy() for volume in (y_pred, y)]
-        values = [self.measure(prediction[0], truth[0]) for prediction, truth in zip(*masks, strict=True)]
-        return torch.tensor(values, dtype=torch.float32)[:, None]
+        maps = [torch.as_tensor(volume[:, 0]).cpu().round().numpy() for volume in (y_pred, y)]
+        values = [[self.measure(p == k, t == k) for k in self.labels] for p, t in zip(*maps, strict=True)]
+        return torch.tensor(values, dtype=torch.float32)
 
     def aggregate(self) -> torch.Tensor:  # type: ignore[override]
-        """Mean over cases; scalar."""
+        """Mean over cases and labels; scalar."""
         return torch.as_tensor(self.get_buffer()).mean()
+
+
+class MillimetreMetric(CumulativeIterationMetric):
+    """A surface metric of MONAI on label maps, in mm: MONAI's handlers do not hand the voxel size of a case on.
+
+    Args:
+        metric: `HausdorffDistanceMetric` or `SurfaceDiceMetric` without background.
+        num_classes: of the label map, background included.
+
+    The aggregate is the mean over cases and labels where it is defined: a label that prediction or truth lacks has no
+    surface and counts as NaN; its Dice tells.
+    """
+
+    def __init__(self, metric: HausdorffDistanceMetric | SurfaceDiceMetric, num_classes: int) -> None:
+        super().__init__()
+        self.metric, self.num_classes = metric, num_classes
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Label maps (1, 1, H, W, D), the true one a MetaTensor with its affine -> (1, labels)."""
+        if not isinstance(y, MetaTensor) or y.shape != y_pred.shape or y.shape[:2] != (1, 1):
+            raise ValueError("y: must be a label map (1, 1, H, W, D) with an affine, of the shape of y_pred")
+        spacing_mm = affine_to_spacing(y.peek_pending_affine()).tolist()
+        masks = [one_hot(torch.as_tensor(v).round(), self.num_classes) for v in (y_pred, y)]
+        values = torch.as_tensor(self.metric(*masks, spacing=spacing_mm)).float()
+        self.metric.reset()
+        return torch.where(values.isfinite(), values, torch.nan)
+
+    def aggregate(self) -> torch.Tensor:  # type: ignore[override]
+        """Mean over cases and labels, NaN left out; scalar."""
+        return torch.as_tensor(self.get_buffer()).nanmean()
 
 
 class RenderingMetric(CumulativeIterationMetric):

@@ -25,6 +25,7 @@ __all__ = [
     "local_mean",
     "local_mean_variance",
     "sample_score",
+    "sample_weights",
     "tau_table",
 ]
 
@@ -203,3 +204,29 @@ def sample_score(variance: Tensor, label: Tensor) -> float:
     ids = label.round().long()
     means = [float(variance[ids == value].sqrt().mean()) for value in ids.unique().tolist() if value != 0]
     return sum(means) / len(means) if means else float("nan")
+
+
+def sample_weights(scores: Sequence[float]) -> list[float]:
+    """Weights of mean 1 from scores in HU, less for the higher: r proportional to 1 / (1 + score / median). Ours.
+
+    The worst sample of a set keeps a share: half of what a perfect one gets at the median score, a fifth at four times
+    the median.
+
+    Args:
+        scores: at least 0; NaN (no score) counts as the median.
+
+    Returns:
+        one weight each; all 1 when the scores are alike, all are 0 or none is known.
+
+    Raises:
+        ValueError: for a negative score.
+    """
+    known = torch.tensor([s for s in scores if s == s], dtype=torch.float64)
+    if bool((known < 0).any()):
+        raise ValueError(f"scores: must not be negative, got {float(known.min())}")
+    median = float(known.median()) if len(known) else 0.0
+    if median == 0:
+        return [1.0] * len(scores)
+    weights = [1 / (1 + (s if s == s else median) / median) for s in scores]
+    mean = sum(weights) / len(weights)
+    return [w / mean for w in weights]
