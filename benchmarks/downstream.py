@@ -1,0 +1,306 @@
+"""Does pre-training on synthetic volumes help a segmenter that has few real cases, and does confidence add to it?
+
+    python benchmarks/downstream.py --work_dir runs/downstream
+
+Everything of a draw comes from its n real phantoms: generator, references of the masks, templates and confidence table.
+All arms take the same number of optimiser steps and are tested on the same other phantoms. Weights are those of the last
+step: there is no case to choose them by. What is finished is cached under `work_dir`, so a stopped run goes on, and more
+draws or arms can be added another day.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import nibabel as nib
+import numpy as np
+from common import RESULTS, ROOT, machine
+
+from custom.phantom import make
+from custom.records import write_json
+
+logger = logging.getLogger(__name__)
+
+GENERATOR, SEGMENTER = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
+VESSEL = "coronary arteries"
+SHAPE, SPACING, POOL, TEST = (72, 72, 72), [2.0, 2.0, 2.0], 12, 8
+MASKS, CALIBRATION, WORST_SHARE = 32, 8, 0.25
+GENERATOR_OPTIONS = {
+    "spacing_mm": SPACING,
+    "roi_size": [40, 40, 40],
+    "samples_per_epoch": 40,
+    "max_epochs": 12,
+    "val_interval": 12,
+}
+SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
+PRETRAIN_EPOCHS, TUNE_EPOCHS = 20, 10  # of 16 steps
+REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
+FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
+ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, FILTERED, CAL, SHUFFLED)
+COLUMNS = {
+    "mean Dice": "dice",
+    "coronary Dice": f"dice {VESSEL}",
+    "coronary clDice": f"cl_dice {VESSEL}",
+    "coronary HD95, mm": f"hd95_mm {VESSEL}",
+    "coronary pieces, error": f"betti_error_0 {VESSEL}",
+}
+
+
+def bundle_run(entry: str, bundle: Path, configs: Sequence[str], **options: Any) -> None:
+    """One `monai.bundle run` as a user would start it; its output goes to `<output_dir>.log`."""
+    files = [str(bundle / "configs" / name) for name in configs]
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", entry, "--config_file", str(files)]
+    log = Path(f"{options['output_dir']}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream:
+        subprocess.run(
+            [*command, "--bundle_root", str(bundle), *arguments], check=True, stdout=stream, stderr=subprocess.STDOUT
+        )
+
+
+def once(path: Path, make_it: Callable[[], None]) -> Path:
+    """Run a stage unless its last file is there."""
+    if not path.exists():
+        logger.info("making %s", path)
+        make_it()
+    return path
+
+
+def listing(path: Path, items: Sequence[Mapping[str, Any]], sections: Sequence[str] = ("training",)) -> str:
+    """Write a datalist of absolute paths."""
+    write_json(path, {section: list(items) for section in sections})
+    return str(path)
+
+
+def absolute(datalist: Path, section: str) -> list[dict[str, Any]]:
+    """Items of a datalist with absolute paths."""
+    keys = ("image", "label", "confidence", "source")
+    items = json.loads(datalist.read_text())[section]
+    return [{k: str(datalist.parent / v) if k in keys else v for k, v in item.items()} for item in items]
+
+
+def shuffled(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The same cases with each confidence map permuted within its labels, and the scores dealt out anew."""
+    rng = np.random.default_rng(0)
+    scores = rng.permutation([item["score_hu"] for item in items])
+    result = []
+    for item, score in zip(items, scores, strict=True):
+        confidence, label = nib.load(item["confidence"]), np.asarray(nib.load(item["label"]).dataobj)
+        values = np.asarray(confidence.dataobj).copy()
+        for k in np.unique(label):
+            values[label == k] = rng.permutation(values[label == k])
+        target = folder / Path(item["confidence"]).name
+        folder.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values, confidence.affine), target)
+        result.append({**item, "confidence": str(target), "score_hu": float(score)})
+    return result
+
+
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> Path:
+    """Generator, masks, table and synthetic set of one draw; returns the datalist of the set."""
+    own = listing(work / "real.json", real, ("training", "validation"))
+    models = {"ckpt_dir": work / "models", "seed": seed}
+
+    def train() -> None:
+        options = {"datalists": [own], "output_dir": work / "generator", **models, **GENERATOR_OPTIONS}
+        bundle_run("training", GENERATOR, ["train.json"], **options)
+
+    def deform() -> None:
+        options = {"count": MASKS + CALIBRATION, "with_image": True, "workers": 1, "seed": seed}
+        bundle_run(
+            "generating",
+            GENERATOR,
+            ["generate_masks.json"],
+            reference_datalist=own,
+            output_dir=work / "masks",
+            **options,
+        )
+
+    once(work / "models/model.pt", train)
+    masks = absolute(once(work / "masks/datalist.json", deform), "training")
+    shared = {"template_datalist": own, "spacing_mm": SPACING, **models}
+
+    def calibrate() -> None:
+        chosen = listing(work / "calibration.json", masks[MASKS:])
+        bundle_run(
+            "calibrating",
+            GENERATOR,
+            ["inference.json", "synthesize.json", "calibrate.json"],
+            mask_datalist=chosen,
+            mask_section="training",
+            output_dir=work / "calibration",
+            **shared,
+        )
+
+    def render() -> None:
+        chosen = listing(work / "targets.json", masks[:MASKS])
+        bundle_run(
+            "synthesizing",
+            GENERATOR,
+            ["inference.json", "synthesize.json"],
+            mask_datalist=chosen,
+            output_dir=work / "synthetic",
+            **shared,
+        )
+
+    once(work / "models/confidence.json", calibrate)
+    return once(work / "synthetic/datalist.json", render)
+
+
+def training_sets(work: Path, synthetic: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each arm is pre-trained on."""
+    items = absolute(synthetic, "training")
+    plain = [{"image": item["image"], "label": item["label"]} for item in items]
+    limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
+    deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
+    return {
+        DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed],
+        UNWEIGHTED: plain,
+        FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
+        CAL: items,
+        SHUFFLED: shuffled(items, work / "shuffled"),
+    }
+
+
+def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, seed: int) -> dict[str, float]:
+    """Pre-train, fine-tune on the real cases and test one arm."""
+    folder = work / "arms" / arm.replace(", ", "_").replace(" ", "_")
+    common: dict[str, Any] = {
+        "ckpt_dir": folder / "models",
+        "seed": seed,
+        "validate#dataset#data": [],
+        **SEGMENTER_OPTIONS,
+    }
+    tune_epochs = TUNE_EPOCHS + (PRETRAIN_EPOCHS if arm == REAL_ONLY else 0)
+
+    def pretrain() -> None:
+        bundle_run(
+            "pretraining",
+            SEGMENTER,
+            ["train.json", "pretrain.json"],
+            synthetic_datalists=[listing(folder / "synthetic.json", data)],
+            max_epochs=PRETRAIN_EPOCHS,
+            warmup_epochs=4,
+            ramp_epochs=6,
+            output_dir=folder / "pretraining",
+            **common,
+        )
+
+    def tune() -> None:
+        bundle_run(
+            "training",
+            SEGMENTER,
+            ["train.json"],
+            datalists=[str(work / "real.json")],
+            max_epochs=tune_epochs,
+            learning_rate=1e-3 if arm == REAL_ONLY else 5e-4,
+            output_dir=folder / "training",
+            **common,
+        )
+
+    def evaluate() -> None:
+        options = {k: v for k, v in common.items() if not k.startswith("validate")}
+        bundle_run(
+            "evaluating",
+            SEGMENTER,
+            ["train.json", "evaluate.json"],
+            datalists=[test],
+            output_dir=folder / "evaluation",
+            **options,
+        )
+
+    if arm != REAL_ONLY:
+        once(folder / "models/pretrained.pt", pretrain)
+    once(folder / "models/model.pt", tune)
+    metrics = json.loads(once(folder / "evaluation/metrics.json", evaluate).read_text())
+    return {name: metrics.get(key, float("nan")) for name, key in COLUMNS.items()}
+
+
+def draw_of(n_real: int, draw: int, pool: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The real cases of one draw; draws of one size share no case while the pool lasts."""
+    order = np.random.default_rng(n_real).permutation(len(pool))
+    return [dict(pool[i % len(pool)]) for i in np.resize(order, (draw + 1) * n_real)[draw * n_real :]]
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, spread and paired difference from the first two baselines of every arm and measure, by number of cases."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in ARMS:
+        for column in COLUMNS:
+            values = {r["draw"]: r["arms"][arm][column] for r in runs if arm in r["arms"]}
+            if not values:
+                continue
+            cell = {"mean": float(np.nanmean(list(values.values()))), "sd": float(np.nanstd(list(values.values())))}
+            for base in (REAL_ONLY, UNWEIGHTED):
+                paired = [
+                    v - r["arms"][base][column] for r in runs if base in r["arms"] and (v := values.get(r["draw"]))
+                ]
+                if paired and arm != base:
+                    cell |= {
+                        f"minus {base}": float(np.nanmean(paired)),
+                        f"worst minus {base}": float(np.nanmin(paired)),
+                    }
+            table.setdefault(arm, {})[column] = cell
+    return table
+
+
+def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draws: int = 3) -> None:
+    """Run what is missing, print the table and write benchmarks/results/downstream.json.
+
+    Args:
+        work_dir: cache of everything.
+        n_real: numbers of real cases.
+        draws: of each number.
+    """
+    work = Path(work_dir).resolve()
+    cohort = work / "cohort"
+    make(
+        str(cohort),
+        POOL + TEST,
+        500,
+        shape=SHAPE,
+        spacing_mm=SPACING[0],
+        validation_fraction=0.0,
+        test_fraction=TEST / (POOL + TEST),
+    )
+    pool = absolute(cohort / "datalist.json", "training")
+    test = listing(work / "test.json", absolute(cohort / "datalist.json", "test"), ("test",))
+    for draw in range(draws):
+        for n in n_real:
+            own = work / f"n{n}_draw{draw}"
+            synthetic = synthesize(own, draw_of(n, draw, pool), draw)
+            sets = training_sets(own, synthetic)
+            for arm in ARMS:
+                result = own / "results" / f"{arm}.json"
+                once(result, lambda: write_json(result, segment(own, arm, sets.get(arm, []), test, draw)))  # noqa: B023
+            report(work)
+
+
+def report(work_dir: str | Path) -> None:
+    """Print the table of what is finished and write the JSON."""
+    runs: list[dict[str, Any]] = []
+    for folder in sorted(Path(work_dir).resolve().glob("n*_draw*")):
+        n, draw = (int(part) for part in folder.name[1:].split("_draw"))
+        arms = {arm: json.loads(f.read_text()) for arm in ARMS if (f := folder / "results" / f"{arm}.json").exists()}
+        if arms:
+            runs.append({"n_real": n, "draw": draw, "arms": arms})
+    summary = {n: summarise([r for r in runs if r["n_real"] == n]) for n in sorted({r["n_real"] for r in runs})}
+    write_json(RESULTS / "downstream.json", {"machine": machine(), "summary": summary, "runs": runs})
+    for n, table in summary.items():
+        print(f"\n{n} real case(s), {sum(r['n_real'] == n for r in runs)} draws")
+        print("| arm | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
+        for arm, row in table.items():
+            print(f"| {arm} | " + " | ".join(f"{row[c]['mean']:.3f} ± {row[c]['sd']:.3f}" for c in COLUMNS) + " |")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    fire.Fire({"run": main, "report": report})
