@@ -2,10 +2,10 @@
 
     python benchmarks/downstream.py --work_dir runs/downstream
 
-Everything of a draw comes from its n real phantoms: generator, references of the masks, templates and confidence table.
-All arms take the same number of optimiser steps and are tested on the same other phantoms. Weights are those of the last
-step: there is no case to choose them by. What is finished is cached under `work_dir`, so a stopped run goes on, and more
-draws or arms can be added another day.
+Everything of a draw comes from its n real phantoms: generator, references of the masks, templates, confidence table.
+All arms take the same number of optimiser steps and are tested on the same other phantoms. Weights are those of the
+last step: there is no case to choose them by. What is finished is cached under `work_dir`: a stopped run goes on, and
+more draws or arms can be added another day.
 """
 
 from __future__ import annotations
