@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -159,7 +160,9 @@ class MillimetreMetric(CumulativeIterationMetric):
             raise ValueError("y: must be a label map (1, 1, H, W, D) with an affine, of the shape of y_pred")
         spacing_mm = affine_to_spacing(y.peek_pending_affine()).tolist()
         masks = [one_hot(torch.as_tensor(v).round(), self.num_classes) for v in (y_pred, y)]
-        values = torch.as_tensor(self.metric(*masks, spacing=spacing_mm)).float()
+        with warnings.catch_warnings():  # a label without a surface is NaN here, said in the docstring
+            warnings.filterwarnings("ignore", message=".*may result in nan/inf distance", category=UserWarning)
+            values = torch.as_tensor(self.metric(*masks, spacing=spacing_mm)).float()
         self.metric.reset()
         return torch.where(values.isfinite(), values, torch.nan)
 

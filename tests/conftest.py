@@ -14,7 +14,7 @@ from custom.networks import StructDiffUNet
 from custom.phantom import make
 
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLE = ROOT / "bundles/structdiff_cardiac"
+BUNDLE, SEG_BUNDLE = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
 CONFIGS = BUNDLE / "configs"
 TINY = {
     "network_def#channels": [8, 8],
@@ -51,18 +51,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def workflow() -> Callable[..., ConfigWorkflow]:
-    """Build and initialise a workflow of the bundle from config names and overrides; logging to MLflow is left out."""
+def workflow_of(bundle: Path) -> Callable[..., ConfigWorkflow]:
+    """How to build and initialise a workflow from config names and overrides; logging to MLflow is left out."""
 
     def build(*names: str, workflow_type: str = "train", mlflow: bool = False, **overrides: Any) -> ConfigWorkflow:
         torch.set_num_threads(1)
         result = ConfigWorkflow(
-            config_file=[str(CONFIGS / name) for name in names],
-            meta_file=str(CONFIGS / "metadata.json"),
-            logging_file=str(CONFIGS / "logging.conf"),
+            config_file=[str(bundle / "configs" / name) for name in names],
+            meta_file=str(bundle / "configs/metadata.json"),
+            logging_file=str(bundle / "configs/logging.conf"),
             workflow_type=workflow_type,
-            bundle_root=str(BUNDLE),
+            bundle_root=str(bundle),
             **overrides,
         )
         if not mlflow:
@@ -74,3 +73,15 @@ def workflow() -> Callable[..., ConfigWorkflow]:
         return result
 
     return build
+
+
+@pytest.fixture
+def workflow() -> Callable[..., ConfigWorkflow]:
+    """Workflows of the generator."""
+    return workflow_of(BUNDLE)
+
+
+@pytest.fixture
+def seg_workflow() -> Callable[..., ConfigWorkflow]:
+    """Workflows of the segmenter."""
+    return workflow_of(SEG_BUNDLE)
