@@ -30,7 +30,8 @@ class Gate:
         hu_ranges: label id -> lowest and highest plausible mean, HU.
         max_score_hu: largest sample score.
         min_vessel_contrast: smallest contrast of thin labels over their surroundings, as a share of the template's.
-        min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast.
+        min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast, over the
+            same share in the template, whose own fine branches fade as well.
         max_template_copy: largest correlation of fine texture with the template inside the labels: no copies.
     """
 
@@ -56,12 +57,29 @@ class Gate:
         return cls(**{**limits, "hu_ranges": ranges})
 
 
+def _visible_share(image: Volume, vessel: NDArray[np.bool_], threshold_hu: float) -> float:
+    """Share of the vessels' centre lines that is brighter than a threshold."""
+    # Averaged over the vessel voxels around: a blur would bring in the surroundings of thin vessels.
+    share = ndimage.uniform_filter(vessel.astype(np.float32), 3)
+    line = skeleton(vessel)
+    along = ndimage.uniform_filter(np.where(vessel, image, 0).astype(np.float32), 3)[line] / share[line]
+    return float((along > threshold_hu).mean())
+
+
+def _own_continuity(image: Volume, label: NDArray[np.int64], thin_labels: Sequence[int]) -> float:
+    """`_visible_share` of a template at half of its own contrast; 1 when it shows no vessel to compare with."""
+    vessel, around, _ = vessel_regions(image, label, thin_labels)
+    if not vessel.any() or not around.any():
+        return 1.0
+    return _visible_share(image, vessel, float(image[vessel].mean() + image[around].mean()) / 2) or 1.0
+
+
 def examine(
     image: Volume,
     label: NDArray[np.int64],
     *,
     template_means: Sequence[float],
-    template_image: Volume | None,
+    template: tuple[Volume, NDArray[np.int64]] | None,
     thin_labels: Sequence[int],
 ) -> dict[str, Any]:
     """Measures an image that a gate judges.
@@ -70,7 +88,8 @@ def examine(
         image: (H, W, D) HU.
         label: (H, W, D) ids.
         template_means: mean HU of each label in the template, NaN where it has none.
-        template_image: (H, W, D) HU, aligned with the image; None without a template.
+        template: image (H, W, D) in HU and label map, aligned with the image; None without a template: continuity is
+            then the share itself.
         thin_labels: ids of vessels.
 
     Returns:
@@ -86,13 +105,11 @@ def examine(
         level = float(image[around].mean())
         if wanted - level > _MIN_CONTRAST_HU:  # a template that shows no vessels cannot ask for them
             contrast = float((image[vessel].mean() - level) / (wanted - level))
-            # Averaged over the vessel voxels around: a blur would bring in the surroundings of thin vessels.
-            share = ndimage.uniform_filter(vessel.astype(np.float32), 3)
-            line = skeleton(vessel)
-            along = ndimage.uniform_filter(np.where(vessel, image, 0).astype(np.float32), 3)[line] / share[line]
-            continuity = float((along > (wanted + level) / 2).mean())
-    if template_image is not None and present:
-        copy = texture_correlation(image, template_image, label > 0)
+            continuity = _visible_share(image, vessel, (wanted + level) / 2)
+            if template is not None:
+                continuity /= _own_continuity(*template, thin_labels)
+    if template is not None and present:
+        copy = texture_correlation(image, template[0], label > 0)
     return {
         "label_mean_hu": {k: float(means[k]) for k in present},
         "label_error_hu": {

@@ -165,11 +165,12 @@ class Gated(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item, on the grid of the model."""
+        label, template_label = (plain(data[k])[0, 0].cpu().round().long().numpy() for k in ("label", "template_label"))
         measures = examine(
             plain(data["pred"])[0, 0].cpu().numpy(),
-            plain(data["label"])[0, 0].cpu().round().long().numpy(),
+            label,
             template_means=torch.as_tensor(data["statistics"])[:, 0].tolist(),
-            template_image=plain(data["template_image"])[0, 0].cpu().numpy(),
+            template=(plain(data["template_image"])[0, 0].cpu().numpy(), template_label),
             thin_labels=self.thin_labels,
         )
         return {**data, "measures": measures, "rejected": rejections(measures, data["score"], self.gate)}
