@@ -30,8 +30,8 @@ class Gate:
         hu_ranges: label id -> lowest and highest plausible mean, HU.
         max_score_hu: largest sample score.
         min_vessel_contrast: smallest contrast of thin labels over their surroundings, as a share of the template's.
-        min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast, over the
-            same share in the template, whose own fine branches fade as well.
+        min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast, over
+            the same share in the template, whose own fine branches fade as well.
         max_template_copy: largest correlation of fine texture with the template inside the labels: no copies.
     """
 
@@ -105,7 +105,7 @@ def examine(
         level = float(image[around].mean())
         if wanted - level > _MIN_CONTRAST_HU:  # a template that shows no vessels cannot ask for them
             contrast = float((image[vessel].mean() - level) / (wanted - level))
-            continuity = _visible_share(image, vessel, (wanted + level) / 2)
+            continuity = _visible_share(image, vessel, float(wanted + level) / 2)
             if template is not None:
                 continuity /= _own_continuity(*template, thin_labels)
     if template is not None and present:
