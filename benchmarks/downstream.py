@@ -21,10 +21,13 @@ from typing import Any
 import fire
 import nibabel as nib
 import numpy as np
+import torch
 from common import RESULTS, ROOT, machine
 
 from custom.phantom import make
 from custom.records import write_json
+from custom.template import label_statistics
+from custom.transforms import VaryContrastd
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,9 @@ SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_d
 PRETRAIN_EPOCHS, TUNE_EPOCHS = 20, 10  # of 16 steps
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
-ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, FILTERED, CAL, SHUFFLED)
+VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
+ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, DEFORMED_VARIED, VARIED, FILTERED)
+CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
 COLUMNS = {
     "mean Dice": "dice",
     "coronary Dice": f"dice {VESSEL}",
@@ -104,8 +109,24 @@ def shuffled(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str,
     return result
 
 
-def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> Path:
-    """Generator, masks, table and synthetic set of one draw; returns the datalist of the set."""
+def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The same cases, each in a contrast of its own, as `synthesize` varies that of its templates."""
+    result = []
+    for item in items:
+        image, label = nib.load(item["image"]), np.asarray(nib.load(item["label"]).dataobj)
+        volumes = [torch.from_numpy(np.asarray(v, np.float32))[None] for v in (image.dataobj, label)]
+        statistics = label_statistics(volumes[0][None], volumes[1][None], int(label.max()) + 1)
+        case = {"template_image": volumes[0], "template_label": volumes[1], "statistics": statistics}
+        varied = VaryContrastd(seed=0, **CONTRAST)({**case, "case": Path(item["label"]).name})
+        target = folder / Path(item["image"]).name
+        folder.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(varied["template_image"][0].numpy(), image.affine), target)
+        result.append({"image": str(target), "label": item["label"]})
+    return result
+
+
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Path]:
+    """Generator, masks, table and two synthetic sets of one draw; returns the datalists of the sets by arm."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 
@@ -140,33 +161,40 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> Path
             **shared,
         )
 
-    def render() -> None:
+    def render(folder: Path, **contrast: float) -> None:
         chosen = listing(work / "targets.json", masks[:MASKS])
         bundle_run(
             "synthesizing",
             GENERATOR,
             ["inference.json", "synthesize.json"],
             mask_datalist=chosen,
-            output_dir=work / "synthetic",
+            output_dir=folder,
             **shared,
+            **contrast,
         )
 
     once(work / "models/confidence.json", calibrate)
-    return once(work / "synthetic/datalist.json", render)
+    plain, varied = work / "synthetic", work / "synthetic_varied"
+    return {
+        CAL: once(plain / "datalist.json", lambda: render(plain)),
+        VARIED: once(varied / "datalist.json", lambda: render(varied, **CONTRAST)),
+    }
 
 
-def training_sets(work: Path, synthetic: Path) -> dict[str, list[dict[str, Any]]]:
+def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """What each arm is pre-trained on."""
-    items = absolute(synthetic, "training")
+    items = absolute(synthetic[CAL], "training")
     plain = [{"image": item["image"], "label": item["label"]} for item in items]
     limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
     deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
     return {
         DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed],
+        DEFORMED_VARIED: with_contrast(deformed, work / "deformed_varied"),
         UNWEIGHTED: plain,
         FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
         CAL: items,
         SHUFFLED: shuffled(items, work / "shuffled"),
+        VARIED: absolute(synthetic[VARIED], "training"),
     }
 
 

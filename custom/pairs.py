@@ -14,9 +14,8 @@ from custom.checks import file_of
 from custom.deformation import identity_coordinates, random_velocity, sample
 from custom.diffusion import at, corner, pad_to_multiple
 from custom.template import label_statistics
-from custom.transforms import plain, sample_cubic
+from custom.transforms import plain, sample_cubic, shift_labels
 
-_PSF_SIGMA_VOXELS = 0.5
 _BLOCK = 4
 
 
@@ -159,7 +158,7 @@ class RandTemplatePaird(Randomizable, Transform):
         shift = torch.as_tensor(self._label_shift, dtype=torch.float32)
         shift = shift + self._contrast_shift * (statistics[:, 0] > self.contrast_above_hu)
         shift[0] = 0
-        return GaussianFilter(3, _PSF_SIGMA_VOXELS)(shift[label.long()]), shift
+        return shift_labels(label, shift), shift
 
     def _blurred(self, structure: torch.Tensor) -> torch.Tensor:
         return GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure

@@ -6,15 +6,18 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
 from monai.transforms import Invertd, InvertibleTransform, Randomizable, Transform
 from monai.transforms.utils import convert_applied_interp_mode
 from scipy import ndimage
 
 from custom.checks import file_of
 from custom.deformation import sample
+from custom.records import content_hash
 from custom.registration import template_coordinates
 from custom.residual import MODES
 from custom.template import (
@@ -29,6 +32,8 @@ from custom.template import (
 )
 
 logger = logging.getLogger(__name__)
+
+_PSF_SIGMA_VOXELS = 0.5
 
 
 def plain(volume: torch.Tensor) -> torch.Tensor:
@@ -76,6 +81,50 @@ class LabelStatisticsd(Transform):
         image, label = plain(data[self.image_key]), plain(data[self.label_key])
         statistics = label_statistics(image, label, self.num_labels)
         return {**data, "statistics": statistics, "grain_sd": noise_sd(image[0, 0].numpy(), label[0, 0].numpy())}
+
+
+def shift_labels(label: torch.Tensor, shift_hu: torch.Tensor) -> torch.Tensor:
+    """Change of each label, (num_labels,) HU, as a volume for ids (1, 1, H, W, D), softened at edges as by a scan."""
+    return GaussianFilter(3, _PSF_SIGMA_VOXELS)(shift_hu[label.long()])
+
+
+class VaryContrastd(Transform):
+    """Render a template as if it had been scanned in another contrast phase, drawn for each case.
+
+    All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
+    has learnt to follow. Needs `template_image`, `template_label` and `statistics`; changes image and statistics.
+
+    Args:
+        contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
+        label_shift_hu: SD of a further shift of every label; background and texture stay.
+        seed: of the draws, which depend on it and the name of the case alone.
+        contrast_above_hu: see there.
+
+    Raises:
+        ValueError: for a negative deviation.
+    """
+
+    def __init__(
+        self, *, contrast_shift_hu: float, label_shift_hu: float, seed: int, contrast_above_hu: float = 200.0
+    ) -> None:
+        if contrast_shift_hu < 0 or label_shift_hu < 0:
+            raise ValueError(
+                f"contrast_shift_hu, label_shift_hu: must not be negative, got {contrast_shift_hu}, {label_shift_hu}"
+            )
+        self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
+        self.seed, self.contrast_above_hu = seed, contrast_above_hu
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change the template of one item."""
+        rng = np.random.default_rng(int(content_hash(f"contrast {self.seed}:{data['case']}".encode()), 16))
+        means = data["statistics"][:, 0]
+        shift = torch.as_tensor(rng.normal(0, self.label_shift_hu, len(means)), dtype=torch.float32)
+        shift = shift + float(rng.normal(0, self.contrast_shift_hu)) * (means > self.contrast_above_hu)
+        shift[0] = 0
+        image, label = plain(data["template_image"]), plain(data["template_label"])
+        image = image + shift_labels(label, shift)
+        statistics = label_statistics(image, label, len(means))
+        return {**data, "template_image": _like(image, data["template_image"]), "statistics": statistics}
 
 
 class AlignTemplated(Transform):

@@ -17,6 +17,7 @@ from custom.transforms import (
     PaintPriord,
     RandPaintPriord,
     SplitNoised,
+    VaryContrastd,
     plain,
     sample_cubic,
 )
@@ -319,3 +320,46 @@ def test_images_come_back_to_a_finer_mask_by_linear_interpolation():
     torch.testing.assert_close(back["pred"].affine, label.affine)
     torch.testing.assert_close(steps.as_tensor(), torch.full_like(steps, 50).as_tensor(), atol=5, rtol=0)
     assert back["label"].shape == item["label"].shape
+
+
+def scanned(case="a"):
+    """A template with a bright label 2 and a dark label 1, its statistics, and no grain."""
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (8, 2, 2), (13, 10, 11))
+    box(label, 2, (1, 2, 2), (7, 10, 11))
+    label, image = volume(label), volume(torch.tensor([-60.0, 100.0, 400.0])[label.long()])
+    statistics = label_statistics(plain(image), plain(label), 3)
+    return {"template_image": image, "template_label": label, "statistics": statistics, "case": case}
+
+
+def test_contrast_varies_by_label_and_what_is_filled_varies_together():
+    vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=0.0, seed=1)
+    item, given = vary(scanned()), scanned()
+    change = item["statistics"][:, 0] - given["statistics"][:, 0]
+    assert abs(float(change[2])) > 5
+    assert float(change[1]) == pytest.approx(0, abs=0.1)
+    inside = ndimage.binary_erosion(plain(item["template_label"])[0, 0].numpy() != 2, iterations=3)
+    moved = (plain(item["template_image"]) - plain(given["template_image"]))[0, 0].numpy()
+    assert np.abs(moved[inside]).max() < 1e-3, "what is not filled must stay"
+    measured = label_statistics(plain(item["template_image"]), plain(item["template_label"]), 3)
+    torch.testing.assert_close(item["statistics"], measured)
+
+
+def test_contrast_depends_on_seed_and_case_alone():
+    def change(case, seed):
+        vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=20.0, seed=seed)
+        vary(scanned("another"))
+        return plain(vary(scanned(case))["template_image"])
+
+    assert torch.equal(change("a", 0), change("a", 0))
+    assert not torch.equal(change("a", 0), change("b", 0))
+    assert not torch.equal(change("a", 0), change("a", 1))
+
+
+def test_contrast_shifts_have_the_stated_deviation():
+    vary = VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=30.0, seed=0)
+    centre = (0, 4, 6, 6)  # deep in label 2
+    shifts = [float(vary(scanned(str(i)))["template_image"][centre]) - 400 for i in range(200)]
+    assert np.std(shifts) == pytest.approx(30, rel=0.15)
+    with pytest.raises(ValueError, match="contrast_shift_hu, label_shift_hu: must not be negative"):
+        VaryContrastd(contrast_shift_hu=-1.0, label_shift_hu=0.0, seed=0)
