@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "quality",
         "records",
         "residual",
+        "set_metrics",
     }
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
     {
@@ -41,6 +42,7 @@ LAYERS: list[set[str]] = [
         "logs",
         "mask_summary",
         "mask_transforms",
+        "measuring",
         "pairs",
         "report",
         "synthesis",
