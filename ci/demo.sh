@@ -64,6 +64,7 @@ options=(--template_datalist "$phantoms/datalist.json" --ckpt_dir "$demo/models"
     bundle_run calibrating "[$synthesis,'$configs/calibrate.json']" "${options[@]}"
 bundle_run synthesizing "[$synthesis]" "${options[@]}" --mask_datalist "$demo/masks/datalist.json" \
     --output_dir "$demo/synthetic"
+bundle_run measuring "[$synthesis,'$configs/measure_set.json']" "${options[@]}" --output_dir "$demo/synthetic"
 
 cat <<END
 
@@ -77,4 +78,5 @@ Done. Where to look:
   new masks, their pictures     $demo/masks/masks, $demo/masks/pictures/masks.png, $demo/masks/summary.csv
   images, labels, confidence    $demo/synthetic/datalist.json; what the gate kept apart: $demo/synthetic/rejected
   report of that data set       $demo/synthetic/report.html
+  the set against real ones     $demo/synthetic/set_metrics.json
 END

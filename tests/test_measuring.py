@@ -74,6 +74,17 @@ def test_a_copy_in_a_set_is_named_with_its_original_and_the_report_says_so(workf
     assert found["near_duplicates"][0]["reason"] in page
 
 
+def embed(image, label):
+    """What a user would put there."""
+    return np.array([image[label > 0].mean(), image[label > 0].std()])
+
+
+def test_a_users_features_are_named_in_the_config(workflow, cohort, planted):
+    features = {"_target_": "test_measuring.embed", "_mode_": "callable"}
+    found = measure(workflow, cohort, planted, features=features, feature_names=None, measuring=["@measures"])
+    assert {row["feature"] for row in found["largest_shifts"]} == {"feature 0", "feature 1"}
+
+
 def test_sets_that_cannot_be_measured_are_refused_by_name(workflow, cohort, planted):
     with fails_with("held_out: at least two cases are needed to measure a set, got 1"):
         measure(workflow, cohort, planted, held_out_sections="validation")
