@@ -1,11 +1,12 @@
 """Files are absent or whole; a folder belongs to one run."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import pytest
-from conftest import other_process_at_work
+from conftest import ROOT, other_process_at_work
 
 from custom.records import (
     claim_folder,
@@ -107,19 +108,13 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_gone_however
         unlock_folder(str(tmp_path))
 
 
-def _try(folder):
-    lock_folder(folder)
-
-
 def test_a_lock_is_kept_by_its_process_until_it_is_given_back(tmp_path):
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))  # the same process goes on
 
     def exit_code():
-        process = get_context("spawn").Process(target=_try, args=(str(tmp_path),))
-        process.start()
-        process.join()
-        return process.exitcode
+        take = "import sys; from custom.records import lock_folder; lock_folder(sys.argv[1])"
+        return subprocess.run([sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, capture_output=True).returncode
 
     assert exit_code() == 1
     unlock_folder(str(tmp_path))
