@@ -42,7 +42,7 @@ GENERATOR_OPTIONS = {
     "max_epochs": 12,
     "val_interval": 12,
 }
-SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
+SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [40, 40, 40], "network_def#init_filters": 8}
 PRETRAIN_EPOCHS, TUNE_EPOCHS = 20, 10  # of 16 steps
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
@@ -55,6 +55,7 @@ COLUMNS = {
     "coronary clDice": f"cl_dice {VESSEL}",
     "coronary HD95, mm": f"hd95_mm {VESSEL}",
     "coronary pieces, error": f"betti_error_0 {VESSEL}",
+    "centre line found": f"centreline_recovered {VESSEL}",
 }
 
 

@@ -72,6 +72,7 @@ options=(--template_datalist "$phantoms/datalist.json" --ckpt_dir "$demo/models"
     generator_run calibrating "[$synthesis,'$configs/calibrate.json']" "${options[@]}"
 generator_run synthesizing "[$synthesis]" "${options[@]}" --mask_datalist "$demo/masks/datalist.json" \
     --output_dir "$demo/synthetic"
+generator_run measuring "[$synthesis,'$configs/measure_set.json']" "${options[@]}" --output_dir "$demo/synthetic"
 
 # Both segmenters take the same number of steps. The generator has seen more phantoms than the two: what this shows is that
 # everything works; benchmarks/downstream.py is the fair comparison.
@@ -115,4 +116,5 @@ Done. Where to look:
   images, labels, confidence    $demo/synthetic/datalist.json; what the gate kept apart: $demo/synthetic/rejected
   segmenters on the test cases  $demo/cal/evaluation, $demo/real_only/evaluation: labels.csv, pictures
   report of set and segmenters  $demo/synthetic/report.html
+  the set against real ones     $demo/synthetic/set_metrics.json
 END

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def case_name(path: str) -> str:
 
 def load_cases(
     datalists: Sequence[str] | str,
-    section: str,
+    section: Sequence[str] | str,
     keys: Sequence[str] = ("image", "label"),
     limit: int | None = None,
     extras: Sequence[str] = (),
@@ -47,9 +48,9 @@ def load_cases(
 
     Args:
         datalists: JSON files, read one after the other.
-        section: list to read, for example "training"; a datalist without it adds nothing.
+        section: list to read, for example "training", or several; a datalist without it adds nothing.
         keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
-        limit: at most so many cases of each datalist.
+        limit: at most so many cases of each list.
         extras: further entries to keep as they are, where a case has them.
         extra_files: further files to keep as absolute paths, where a case has them.
 
@@ -61,12 +62,13 @@ def load_cases(
         ValueError: when a datalist is malformed, a case lacks a key, or no case is found.
     """
     cases = []
-    for datalist in [datalists] if isinstance(datalists, str) else datalists:
+    lists, sections = ([names] if isinstance(names, str) else names for names in (datalists, section))
+    for datalist, name in product(lists, sections):
         if not os.path.isfile(datalist):
             raise FileNotFoundError(f"{datalist}: datalist not found; set `dataset_dir` or `datalists` in the config")
         base = os.path.dirname(os.path.abspath(datalist))
         try:
-            items = load_decathlon_datalist(datalist, data_list_key=section, base_dir=base)
+            items = load_decathlon_datalist(datalist, data_list_key=name, base_dir=base)
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(f"{datalist}: must be JSON with lists of cases, each a dictionary ({error})") from error
         except (ValueError, IndexError):  # MONAI: no such section; an empty "test"
@@ -74,7 +76,7 @@ def load_cases(
         for item in items[:limit]:
             absent = [key for key in keys if key not in item]
             if absent:
-                raise ValueError(f"{datalist}: a case of {section!r} has no {absent}; every case needs {list(keys)}")
+                raise ValueError(f"{datalist}: a case of {name!r} has no {absent}; every case needs {list(keys)}")
             own = [key for key in extra_files if key in item]
             files = {key: os.path.join(base, item[key]) for key in [*keys, *own]}
             more = {key: item[key] for key in extras if key in item}

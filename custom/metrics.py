@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,13 +13,16 @@ from monai.data.utils import affine_to_spacing
 from monai.metrics import CumulativeIterationMetric, HausdorffDistanceMetric, SurfaceDiceMetric
 from monai.networks import one_hot
 from scipy import ndimage
+from scipy.stats import wasserstein_distance
 
 from custom.template import label_statistics, noise_sd
-from custom.thinning import cl_dice
+from custom.thinning import centreline_attached, centreline_recovered, cl_dice
 from custom.topology import betti_errors
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
 _LUNG_BELOW_HU = -300.0
+_MIN_VOXELS = 8
+_VOXELS = (1.0, 1.0, 1.0)
 
 
 def label_mean_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
@@ -27,6 +31,16 @@ def label_mean_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray,
     means = [label_statistics(torch.from_numpy(v), torch.from_numpy(label), size)[:, 0] for v in (rendered, truth)]
     difference = (means[0] - means[1]).abs()[list(labels)]
     return float(difference.nanmean())
+
+
+def label_wasserstein(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+    """Mean over labels of the Wasserstein distance between the HU of a label, rendered and true, in HU.
+
+    A shift counts as much as it is, a wrong spread or shape too. NaN when none of the labels has 8 voxels.
+    """
+    inside = [label == k for k in labels if np.count_nonzero(label == k) >= _MIN_VOXELS]
+    distances = [wasserstein_distance(rendered[mask], truth[mask]) for mask in inside]
+    return float(np.mean(distances)) if distances else float("nan")
 
 
 def grain_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
@@ -64,17 +78,32 @@ def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.nda
     return contrasts[0] / contrasts[1] if contrasts[1] else float("nan")
 
 
-def vessel_cl_dice(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """clDice between the vessel mask and what a threshold finds in the rendered image.
+def found_vessels(
+    rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Masks of the vessels that a threshold finds in the rendered image near those of the label, and of these.
 
-    The threshold lies half-way between the true vessels and the tissue around them. NaN when either is empty. The
-    true image itself does not reach 1: thin branches vanish in partial volume and noise.
+    The threshold lies half-way between the true vessels and the tissue around them. None when either is empty, or the
+    true image unknown. The true image itself is not found whole: thin branches vanish in partial volume and noise.
     """
     vessel, around, searched = vessel_regions(truth, label, labels)
     if not vessel.any() or not around.any():
-        return float("nan")
+        return None
     threshold = (truth[vessel].mean() + truth[around].mean()) / 2
-    return cl_dice((rendered > threshold) & searched, vessel)
+    return (rendered > threshold) & searched, vessel
+
+
+def _of_vessels(
+    measure: Callable[..., float],
+    rendered: np.ndarray,
+    truth: np.ndarray,
+    label: np.ndarray,
+    labels: Sequence[int],
+    touches: Sequence[int] = (),
+) -> float:
+    """A measure of MASK_MEASURES, lengths in voxels, between what `found_vessels` finds and the vessels, or NaN."""
+    masks = found_vessels(rendered, truth, label, labels)
+    return measure(*masks, np.isin(label, touches), _VOXELS) if masks else float("nan")
 
 
 def mean_absolute_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
@@ -89,54 +118,103 @@ def texture_correlation(image: np.ndarray, other: np.ndarray, inside: np.ndarray
     return float(np.corrcoef(*fine)[0, 1])
 
 
-MEASURES = {
+Spacing = Sequence[float]
+# Masks, predicted and true, mask of what the first should touch, and spacing in mm -> value.
+MASK_MEASURES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Spacing], float]] = {
+    "betti_error_0": lambda prediction, truth, *_: float(betti_errors(prediction, truth)[0]),
+    "betti_error_1": lambda prediction, truth, *_: float(betti_errors(prediction, truth)[1]),
+    "betti_error_2": lambda prediction, truth, *_: float(betti_errors(prediction, truth)[2]),
+    "cl_dice": lambda prediction, truth, *_: cl_dice(prediction, truth),
+    "centreline_recovered": lambda prediction, truth, _, spacing_mm: centreline_recovered(
+        prediction, truth, spacing_mm
+    ),
+    "attached": lambda prediction, _, other, spacing_mm: centreline_attached(prediction, other, spacing_mm),
+}
+NEEDS_TOUCHES = ("attached", "vessel_attached")
+
+# Rendered and true image, label map and label ids -> value.
+MEASURES: dict[str, Callable[..., float]] = {
     measure.__name__: measure
     for measure in (
         label_mean_error,
+        label_wasserstein,
         grain_ratio,
         vessel_contrast_ratio,
-        vessel_cl_dice,
         mean_absolute_error,
     )
-}
+} | {f"vessel_{name}": partial(_of_vessels, measure) for name, measure in MASK_MEASURES.items()}
 
 
-MASK_MEASURES = {
-    "betti_error_0": lambda prediction, truth: float(betti_errors(prediction, truth)[0]),
-    "betti_error_1": lambda prediction, truth: float(betti_errors(prediction, truth)[1]),
-    "betti_error_2": lambda prediction, truth: float(betti_errors(prediction, truth)[2]),
-    "cl_dice": cl_dice,
-}
+def _chosen(measure: str, known: Mapping[str, Callable[..., float]], touches: Sequence[int]) -> Callable[..., float]:
+    """The measure of a name.
+
+    Raises:
+        ValueError: on an unknown one, or when labels to touch are given to a measure without, or the other way round.
+    """
+    if measure not in known:
+        raise ValueError(f"measure: must be one of {sorted(known)}, got {measure!r}")
+    if bool(touches) != (measure in NEEDS_TOUCHES):
+        raise ValueError(
+            f"touches: {measure!r} needs {'the' if measure in NEEDS_TOUCHES else 'no'} ids of labels to touch, "
+            f"got {list(touches)}"
+        )
+    return known[measure]
+
+
+def _spacing_mm(volume: MetaTensor) -> list[float]:
+    """Voxel size along the axes of a volume, also of a batch of one."""
+    return affine_to_spacing(volume.peek_pending_affine()).tolist()
 
 
 class TopologyMetric(CumulativeIterationMetric):
     """One topological measure of labels of label maps, cumulated over cases; the aggregate is the mean over all.
 
+    | measure | of a case | prediction empty | truth empty | both |
+    |---|---|---|---|---|
+    | betti_error_0, _1, _2 | difference of components, tunnels, cavities | Betti number of the other | | 0 |
+    | cl_dice | `custom.thinning.cl_dice` | 0 | 0 | 1 |
+    | centreline_recovered | share of the length of the true centre line that lies in the prediction | 0 | NaN | NaN |
+    | attached | share of the length of the predicted centre line in components that touch `touches` | NaN | | NaN |
+
     Args:
         measure: a name of MASK_MEASURES.
         labels: id, or ids, whose masks are compared.
+        touches: only for "attached": ids of labels of the prediction, for example the aorta.
+        spacing_mm: voxel size along each axis, in which lengths are measured; None takes that of the true label map,
+            1 when it has no affine.
 
     Raises:
-        ValueError: on an unknown measure.
+        ValueError: on an unknown measure, or `touches` where it is missing or not used.
     """
 
-    def __init__(self, measure: str, labels: int | Sequence[int]) -> None:
+    def __init__(
+        self,
+        measure: str,
+        labels: int | Sequence[int],
+        *,
+        touches: Sequence[int] = (),
+        spacing_mm: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
-        if measure not in MASK_MEASURES:
-            raise ValueError(f"measure: must be one of {sorted(MASK_MEASURES)}, got {measure!r}")
-        self.measure, self.labels = MASK_MEASURES[measure], [labels] if isinstance(labels, int) else list(labels)
+        self.measure = _chosen(measure, MASK_MEASURES, touches)
+        self.labels = [labels] if isinstance(labels, int) else list(labels)
+        self.touches, self.spacing_mm = list(touches), spacing_mm
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         """Label maps (B, 1, H, W, D), predicted and true -> (B, labels)."""
         if y is None or y.shape != y_pred.shape or y.shape[1] != 1:
             raise ValueError("y: must be label maps (B, 1, H, W, D) of the shape of y_pred")
+        spacing_mm = tuple(self.spacing_mm or (_spacing_mm(y) if isinstance(y, MetaTensor) else _VOXELS))
         maps = [torch.as_tensor(volume[:, 0]).cpu().round().numpy() for volume in (y_pred, y)]
-        values = [[self.measure(p == k, t == k) for k in self.labels] for p, t in zip(*maps, strict=True)]
+        values = [
+            [self.measure(p == k, t == k, np.isin(p, self.touches), spacing_mm) for k in self.labels]
+            for p, t in zip(*maps, strict=True)
+        ]
         return torch.tensor(values, dtype=torch.float32)
 
     def aggregate(self) -> torch.Tensor:  # type: ignore[override]
-        """Mean over cases and labels; scalar."""
-        return torch.as_tensor(self.get_buffer()).mean()
+        """Mean over cases and labels, NaN left out; scalar."""
+        return torch.as_tensor(self.get_buffer()).nanmean()
 
 
 class MillimetreMetric(CumulativeIterationMetric):
@@ -158,7 +236,7 @@ class MillimetreMetric(CumulativeIterationMetric):
         """Label maps (1, 1, H, W, D), the true one a MetaTensor with its affine -> (1, labels)."""
         if not isinstance(y, MetaTensor) or y.shape != y_pred.shape or y.shape[:2] != (1, 1):
             raise ValueError("y: must be a label map (1, 1, H, W, D) with an affine, of the shape of y_pred")
-        spacing_mm = affine_to_spacing(y.peek_pending_affine()).tolist()
+        spacing_mm = _spacing_mm(y)
         masks = [one_hot(torch.as_tensor(v).round(), self.num_classes) for v in (y_pred, y)]
         with warnings.catch_warnings():  # a label without a surface is NaN here, said in the docstring
             warnings.filterwarnings("ignore", message=".*may result in nan/inf distance", category=UserWarning)
@@ -178,16 +256,17 @@ class RenderingMetric(CumulativeIterationMetric):
         measure: a name of MEASURES.
         labels: label ids it looks at.
         sign: -1 turns an error into a score, for handlers that keep the largest value.
+        touches: only for "vessel_attached": ids of labels of the mask that vessels come from, for example the aorta.
 
     Raises:
-        ValueError: on an unknown measure.
+        ValueError: on an unknown measure, or `touches` where it is missing or not used.
     """
 
-    def __init__(self, measure: str, labels: Sequence[int], sign: float = 1.0) -> None:
+    def __init__(self, measure: str, labels: Sequence[int], sign: float = 1.0, *, touches: Sequence[int] = ()) -> None:
         super().__init__()
-        if measure not in MEASURES:
-            raise ValueError(f"measure: must be one of {sorted(MEASURES)}, got {measure!r}")
-        self.measure, self.labels, self.sign = MEASURES[measure], list(labels), sign
+        chosen = _chosen(measure, MEASURES, touches)
+        self.measure = partial(chosen, touches=touches) if touches else chosen
+        self.labels, self.sign = list(labels), sign
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         """(B, 1, H, W, D) rendered HU against (B, 2, H, W, D) true HU and label -> (B, 1)."""

@@ -5,22 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "claim_folder",
     "content_hash",
     "file_hash",
     "file_hashes",
+    "lock_folder",
     "part_of",
     "plain_values",
     "replace_file",
+    "unlock_folder",
     "write_json",
 ]
+
+_LOCKS: dict[str, TextIO] = {}
 
 
 def part_of(path: Path) -> Path:
@@ -116,3 +124,48 @@ def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -
         )
     write_json(record, wanted)
     return wanted
+
+
+def lock_folder(output_dir: str, shard: int = 0) -> None:
+    """Keeps other processes from doing the same part of a run in the same folder, until `unlock_folder` or the end.
+
+    The operating system lets go of the lock when the process ends in whatever way, so nothing has to be cleaned up. A
+    process that holds it already goes on. Where there are no POSIX locks (Windows, some network folders), a warning.
+
+    Args:
+        output_dir: of the run; exists.
+        shard: number of the part.
+
+    Raises:
+        RuntimeError: if another process is at work there.
+    """
+    path = Path(output_dir).resolve() / f".shard_{shard}.lock"
+    if str(path) in _LOCKS:
+        return
+    if sys.platform == "win32":
+        logger.warning("%s: locks need POSIX; start no second run into this folder", output_dir)
+        return
+    import fcntl
+
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf: workers that are forked later do not inherit it
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise RuntimeError(
+            f"output_dir {output_dir}: {file.read().strip()} is at work on part {shard} of this run; wait until it has "
+            "ended or end it, or choose another output_dir or shard"
+        ) from error
+    except OSError as error:
+        logger.warning("%s: this file system has no locks (%s); start no second run into it", output_dir, error)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKS[str(path)] = file
+
+
+def unlock_folder(output_dir: str, shard: int = 0) -> None:
+    """Lets other processes do the part of a run that `lock_folder` keeps; without a lock nothing happens."""
+    file = _LOCKS.pop(str(Path(output_dir).resolve() / f".shard_{shard}.lock"), None)
+    if file is not None:
+        file.close()

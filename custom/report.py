@@ -14,7 +14,9 @@ import numpy as np
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 from numpy.typing import NDArray
 
+from custom.comparison import label_table, paired_table, read_evaluations
 from custom.logs import log_run
+from custom.measuring import SET_MEASURES
 from custom.pictures import case_png, histogram_png, ranges_png
 from custom.records import replace_file
 
@@ -95,15 +97,77 @@ def _case_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return rows
 
 
+def _set_section(measures: Mapping[str, Any]) -> list[str]:
+    """What `custom.measuring.measure_set` wrote, as tables."""
+    kernel, ratios, ssim = (measures[key] for key in ("kernel_distance", "memorisation", "ms_ssim"))
+    correlation = measures["local_correlation"]
+    rows = [
+        [
+            "kernel distance to training cases",
+            kernel["synthetic_training"]["value"],
+            kernel["training_held_out"]["value"],
+        ],
+        [
+            "kernel distance to held-out cases",
+            kernel["synthetic_held_out"]["value"],
+            kernel["training_held_out"]["value"],
+        ],
+        ["MS-SSIM of pairs", ssim["synthetic"]["mean"], ssim["training"]["mean"]],
+        [
+            "distance to training over held-out cases, median",
+            ratios["distance_ratio"]["p50"],
+            ratios["distance_ratio_of_held_out"]["p50"],
+        ],
+        [
+            "local correlation with training cases, 95 %",
+            correlation["synthetic"]["p95"],
+            correlation["held_out"]["p95"],
+        ],
+    ]
+    counts = measures["cases"]
+    copies = [[row["case"], row["reason"]] for row in measures["near_duplicates"]]
+    return [
+        "<h2>The set</h2>",
+        f"<p>{counts['synthetic']} accepted cases against {counts['training']} training and {counts['held_out']} "
+        "held-out real cases. Kernel distances of one distribution are about 0. The lower MS-SSIM is, the more pairs "
+        "differ. A ratio far below that of held-out cases, or a correlation far above, means copies.</p>",
+        _table(["measure", "synthetic", "real to real"], rows),
+        "<p>Features whose mean differs most from real cases, in standard deviations of these:</p>",
+        _table(["feature", "shift"], [[row["feature"], row["shift_sd"]] for row in measures["largest_shifts"]]),
+        "<h2>Near duplicates</h2>",
+        _table(["case", "limits exceeded"], copies) if copies else "<p>None.</p>",
+    ]
+
+
+def _segmenter_section(evaluations: Mapping[str, str], vessel_names: Sequence[str]) -> list[str]:
+    """What segmenters reach on test cases, and their pictures of the first of these."""
+    read = read_evaluations(evaluations)
+    measures: list[tuple[str, str | None]] = [("dice", None)]
+    measures += [(metric, name) for name in vessel_names for metric in ("dice", "cl_dice", "hd95_mm", "betti_error_0")]
+    first = min(case for case, _ in next(iter(read.values())))
+    pictures = {name: Path(folder) / "pictures" / f"{first}.png" for name, folder in evaluations.items()}
+    return [
+        "<h2>Segmenters</h2>",
+        "<p>On real cases that neither segmenter was trained on; differences are paired by case.</p>",
+        _table(*paired_table(read, measures)),
+        "<p>Dice of every label, mean over cases:</p>",
+        _table(*label_table(read, "dice")),
+        *(_picture(path.read_bytes(), f"{name}: {first}") for name, path in pictures.items() if path.exists()),
+    ]
+
+
 def write_report(
     output_dir: str,
     *,
     label_names: Sequence[str],
     vessel_labels: Sequence[int],
     max_cases: int = 12,
+    evaluations: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
 ) -> str:
     """Write `report.html`: cohort table, scores, HU against the real cases, pictures, rejected cases, provenance.
+
+    Also the measures of the set and segmenters beside each other, where there are any.
 
     Everything is in the one file; it needs no network and no other file.
 
@@ -112,6 +176,7 @@ def write_report(
         label_names: one for each id, background first.
         vessel_labels: ids of the projections.
         max_cases: so many cases are pictured, those of the highest and lowest scores among them; rejected ones apart.
+        evaluations: name -> output folder of `evaluate.json` of the segmenter; the first is what others are compared with.
         tracking_uri: of MLflow, where the report is logged; None leaves that out.
 
     Returns:
@@ -150,7 +215,10 @@ def write_report(
         _add_values(
             groups["real templates"], read(image_file), read(label_file), label_names, _VOXELS // len(templates), rng
         )
-    page = _page(content, kept, rejected, pictures, groups)
+    measured = root / SET_MEASURES
+    of_set = _set_section(json.loads(measured.read_text())) if measured.exists() else []
+    of_set += _segmenter_section(evaluations, [label_names[k] for k in vessel_labels]) if evaluations else []
+    page = _page(content, kept, rejected, pictures, groups, of_set)
     path = root / "report.html"
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
     if tracking_uri:
@@ -173,6 +241,7 @@ def _page(
     rejected: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, str],
     groups: Mapping[str, Mapping[str, list[NDArray]]],
+    of_set: Sequence[str],
 ) -> str:
     scores = [r["score_hu"] for r in [*kept, *rejected]]
     joined = {g: {name: np.concatenate(v) for name, v in values.items()} for g, values in groups.items()}
@@ -198,6 +267,7 @@ def _page(
         _picture(histogram_png(scores, name="score, HU"), "Scores of all cases, those kept apart included"),
         "<h2>Intensities</h2>",
         _picture(ranges_png(joined, name="HU"), "Median and 5 to 95 % of the voxels of each label"),
+        *of_set,
         "<h2>Pictures</h2>",
         "<p>Above: slices through the centre of the heart with the outlines of the mask, and a projection of the image "
         "around the coronaries. Below: the less confident, the redder; and the coronaries of the mask.</p>",

@@ -15,6 +15,7 @@ from scipy import ndimage
 from skimage.measure import euler_number
 
 __all__ = [
+    "attached_part",
     "betti_errors",
     "betti_numbers",
     "components_touching",
@@ -158,11 +159,32 @@ def components_touching(mask: ArrayLike, other: ArrayLike) -> tuple[int, int]:
     foreground, target = as_mask("mask", mask), as_mask("other", other)
     same_shape("mask", foreground, "other", target)
     components, total = ndimage.label(foreground, _NEIGHBOURS_26)
-    if total == 0 or not target.any():
-        return 0, int(total)
-    reach = ndimage.binary_dilation(target, _NEIGHBOURS_26)
-    touched = np.unique(components[reach & foreground])
-    return len(touched), int(total)
+    return len(_touching(components, target)), int(total)
+
+
+def _touching(components: NDArray, target: BoolArray) -> NDArray:
+    """Ids of the components of which a voxel is in, or a 26-neighbour of, the target."""
+    ids = np.unique(components[ndimage.binary_dilation(target, _NEIGHBOURS_26)])
+    return ids[ids > 0]
+
+
+def attached_part(mask: ArrayLike, other: ArrayLike) -> BoolArray:
+    """The components of `mask` that touch `other`, as `components_touching` counts them.
+
+    Args:
+        mask: (H, W, D), for example a coronary label.
+        other: (H, W, D), for example the aorta.
+
+    Returns:
+        (H, W, D) bool, a subset of the mask; nothing where either is empty.
+
+    Raises:
+        ValueError: if an argument is not 3D or the shapes differ.
+    """
+    foreground, target = as_mask("mask", mask), as_mask("other", other)
+    same_shape("mask", foreground, "other", target)
+    components, _ = ndimage.label(foreground, _NEIGHBOURS_26)
+    return np.isin(components, _touching(components, target))
 
 
 def contact_areas(label_map: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> dict[tuple[int, int], float]:

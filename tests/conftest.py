@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,32 @@ TINY_TRAINING = {
     "val_cases": 1,
     "sampling_steps": 2,
 }
+
+
+LOCK = """
+import os, sys, time
+from custom.records import lock_folder
+lock_folder(sys.argv[1])
+if os.fork() == 0:  # a worker that outlives its parent
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def other_process_at_work(folder: Path) -> Iterator[subprocess.Popen]:
+    """Another process, with a forked worker, that holds the lock of a folder."""
+    command = [sys.executable, "-c", LOCK, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")

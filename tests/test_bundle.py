@@ -147,6 +147,9 @@ def test_evaluation_writes_metrics_of_the_test_cases(workflow, cohort, tmp_path,
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["label_mean_score"] > -60, "a network that keeps to the prior must land near the template's means"
     assert metrics["grain_ratio"] > 0
+    assert metrics["label_wasserstein"] >= -metrics["label_mean_score"]  # a difference of means is transported, too
+    assert 0 <= metrics["vessel_centreline_recovered"] <= 1
+    assert {"vessel_attached", "vessel_betti_error_0", "vessel_betti_error_1", "vessel_betti_error_2"} <= set(metrics)
 
 
 def write_target(cohort, path, orientation):

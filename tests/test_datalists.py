@@ -74,6 +74,7 @@ def test_a_datalist_without_the_section_adds_nothing(folder):
     other = write(folder / "other.json", training=[{"image": "c.nii", "label": "d.nii"}], test=[])
     lists = [other, str(folder / "datalist.json")]
     assert [case["case"] for case in load_cases(lists, "validation")] == ["d"]
+    assert [case["case"] for case in load_cases(lists, ["validation", "test", "training"])] == ["d", "d", "a", "b"]
 
 
 @pytest.mark.parametrize("section", ["training", "test", "tset"])

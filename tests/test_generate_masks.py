@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import BUNDLE, CONFIGS
+from conftest import BUNDLE, CONFIGS, other_process_at_work
 from monai.bundle import ConfigWorkflow
 from test_bundle import fails_with
 from test_mask_generation import ORGAN, airway, assert_kept
@@ -38,7 +38,7 @@ def generate(datalist, output_dir, *, summary=False, **overrides):
         **options,
     )
     if not summary:
-        run.parser["generating"] = run.parser["generating"][:-1]
+        run.parser["generating"] = [step for step in run.parser["generating"] if step != "@summary"]
     run.initialize()
     run.run()
     run.finalize()
@@ -216,6 +216,9 @@ def test_a_deleted_mask_is_made_again_and_a_smaller_count_forgets_none(made, coh
     shutil.copytree(made, tmp_path / "out")
     before = values(masks(made)["mask_0001.nii.gz"])
     (tmp_path / "out/masks/mask_0001.nii.gz").unlink()
+    with other_process_at_work(tmp_path / "out"), fails_with("is at work on part 0 of this run"):
+        generate(cohort / "datalist.json", tmp_path / "out", count=2, with_image=True)
+    assert not (tmp_path / "out/masks/mask_0001.nii.gz").exists()
     generate(cohort / "datalist.json", tmp_path / "out", count=2, with_image=True, summary=True)
     np.testing.assert_array_equal(values(masks(tmp_path / "out")["mask_0001.nii.gz"]), before)
     assert len(json.loads((tmp_path / "out/datalist.json").read_text())["training"]) == 3

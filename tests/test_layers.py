@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "quality",
         "records",
         "residual",
+        "set_metrics",
     }
     | {name for name in MODULES if name == "phantom" or name.startswith("phantom_")},
     {
@@ -39,8 +40,10 @@ LAYERS: list[set[str]] = [
         "handlers",
         "inferers",
         "logs",
+        "comparison",
         "mask_summary",
         "mask_transforms",
+        "measuring",
         "pairs",
         "report",
         "synthesis",

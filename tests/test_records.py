@@ -1,11 +1,23 @@
 """Files are absent or whole; a folder belongs to one run."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT, other_process_at_work
 
-from custom.records import claim_folder, content_hash, file_hashes, plain_values, replace_file, write_json
+from custom.records import (
+    claim_folder,
+    content_hash,
+    file_hashes,
+    lock_folder,
+    plain_values,
+    replace_file,
+    unlock_folder,
+    write_json,
+)
 
 
 @dataclass
@@ -80,3 +92,37 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"holds other files \(thesis.docx, ...\) and no run.json"):
         claim(tmp_path, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_a_second_run_into_one_folder_is_refused_until_the_first_is_gone_however_it_ends(tmp_path):
+    with other_process_at_work(tmp_path) as other:
+        busy = rf"output_dir .*: process {other.pid} on \S+ is at work on part 0 of this run; wait until it has ended"
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=busy):
+                lock_folder(str(tmp_path))
+        lock_folder(str(tmp_path), shard=1)  # another part
+        unlock_folder(str(tmp_path), shard=1)
+        other.kill()
+        other.wait()
+        lock_folder(str(tmp_path))  # nothing to clean up, although the worker of the other run still lives
+        unlock_folder(str(tmp_path))
+
+
+def test_a_lock_is_kept_by_its_process_until_it_is_given_back(tmp_path):
+    lock_folder(str(tmp_path))
+    lock_folder(str(tmp_path))  # the same process goes on
+
+    def exit_code():
+        take = "import sys; from custom.records import lock_folder; lock_folder(sys.argv[1])"
+        return subprocess.run([sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, capture_output=True).returncode
+
+    assert exit_code() == 1
+    unlock_folder(str(tmp_path))
+    unlock_folder(str(tmp_path))
+    assert exit_code() == 0
+
+
+def test_a_locked_folder_can_still_be_claimed(tmp_path):
+    lock_folder(str(tmp_path))
+    assert claim(tmp_path, seed=0)["seed"] == 0
+    unlock_folder(str(tmp_path))

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, other_process_at_work
 from test_bundle import fails_with, template_of
 
 from custom.quality import Gate, examine, rejections
@@ -102,6 +102,9 @@ def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, we
     before = [path.read_bytes() for path in files]
     stamps = [path.stat().st_mtime_ns for path in files]
     files[0].write_bytes(b"damaged")
+    with other_process_at_work(out), fails_with("is at work on part 0 of this run"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    assert files[0].read_bytes() == b"damaged"
     run(workflow, *CONFIGS, **settings, output_dir=str(out))
     after = [nib.load(path).get_fdata() for path in files]
     (tmp_path / "old.nii.gz").write_bytes(before[0])
