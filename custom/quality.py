@@ -27,6 +27,8 @@ class Gate:
 
     Attributes:
         max_label_error_hu: largest difference of a label's mean from the template's (thin labels apart).
+        max_label_sd_ratio: largest standard deviation of a label over that in the template (thin labels apart): no
+            label drowned in noise.
         hu_ranges: label id -> lowest and highest plausible mean, HU.
         max_score_hu: largest sample score.
         min_vessel_contrast: smallest contrast of thin labels over their surroundings, as a share of the template's.
@@ -36,6 +38,7 @@ class Gate:
     """
 
     max_label_error_hu: float | None = 60.0
+    max_label_sd_ratio: float | None = 2.5
     hu_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     max_score_hu: float | None = None
     min_vessel_contrast: float | None = 0.5
@@ -78,7 +81,7 @@ def examine(
     image: Volume,
     label: NDArray[np.int64],
     *,
-    template_means: Sequence[float],
+    template_statistics: Sequence[Sequence[float]],
     template: tuple[Volume, NDArray[np.int64]] | None,
     thin_labels: Sequence[int],
 ) -> dict[str, Any]:
@@ -87,16 +90,18 @@ def examine(
     Args:
         image: (H, W, D) HU.
         label: (H, W, D) ids.
-        template_means: mean HU of each label in the template, NaN where it has none.
+        template_statistics: mean and SD in HU of each label in the template, NaN where it has none.
         template: image (H, W, D) in HU and label map, aligned with the image; None without a template: continuity is
             then the share itself.
         thin_labels: ids of vessels.
 
     Returns:
-        "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "vessel_contrast",
-        "vessel_continuity" and "template_copy"; NaN where there is nothing to measure.
+        "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "label_sd_ratio" {label: SD
+        over the template's}, "vessel_contrast", "vessel_continuity" and "template_copy"; NaN where there is nothing to
+        measure.
     """
-    means = label_statistics(torch.from_numpy(image), torch.from_numpy(label), len(template_means))[:, 0].numpy()
+    table = label_statistics(torch.from_numpy(image), torch.from_numpy(label), len(template_statistics)).numpy()
+    means, (template_means, template_sds) = table[:, 0], np.asarray(template_statistics, dtype=float).T
     present = [k for k in np.unique(label).tolist() if k > 0 and np.isfinite(means[k])]
     vessel, around, _ = vessel_regions(image, label, thin_labels)
     contrast = continuity = copy = float("nan")
@@ -117,6 +122,9 @@ def examine(
             for k in present
             if k not in thin_labels and np.isfinite(template_means[k])
         },
+        "label_sd_ratio": {
+            k: float(table[k, 1] / template_sds[k]) for k in present if k not in thin_labels and template_sds[k] > 0
+        },
         "vessel_contrast": contrast,
         "vessel_continuity": continuity,
         "template_copy": copy,
@@ -129,6 +137,9 @@ def rejections(measures: Mapping[str, Any], score_hu: float, gate: Gate) -> list
     for k, error in measures["label_error_hu"].items():
         if gate.max_label_error_hu is not None and abs(error) > gate.max_label_error_hu:
             broken.append(f"max_label_error_hu: label {k} is {error:+.0f} HU off its template")
+    for k, ratio in measures["label_sd_ratio"].items():
+        if gate.max_label_sd_ratio is not None and ratio > gate.max_label_sd_ratio:
+            broken.append(f"max_label_sd_ratio: label {k} has {ratio:.1f} times the SD of its template")
     for k, (low, high) in gate.hu_ranges.items():
         mean = measures["label_mean_hu"].get(k)
         if mean is not None and not low <= mean <= high:

@@ -169,7 +169,7 @@ class Gated(Transform):
         measures = examine(
             plain(data["pred"])[0, 0].cpu().numpy(),
             label,
-            template_means=torch.as_tensor(data["statistics"])[:, 0].tolist(),
+            template_statistics=torch.as_tensor(data["statistics"]).tolist(),
             template=(plain(data["template_image"])[0, 0].cpu().numpy(), template_label),
             thin_labels=self.thin_labels,
         )

@@ -164,7 +164,7 @@ def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, ma
 def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
     image, label = painted(vessel_hu=-60.0)
     means = [*MEANS[:9], -70.0, np.nan]
-    measures = examine(image, label, template_means=means, template=None, thin_labels=[9])
+    measures = examine(image, label, template_statistics=table(means), template=None, thin_labels=[9])
     assert np.isnan(measures["vessel_contrast"])
     assert np.isnan(measures["vessel_continuity"])
     assert rejections(measures, 5.0, Gate.from_config({"hu_ranges": None})) == []
@@ -256,12 +256,17 @@ def painted(vessel_hu=300.0, chamber_hu=400.0):
     return image, label
 
 
+def table(means):
+    """Means with an SD of 10 HU each."""
+    return [[mean, 10.0] for mean in means]
+
+
 MEANS = [-60.0, np.nan, np.nan, 400.0, *[np.nan] * 5, 300.0, np.nan]
 
 
 def test_measures_of_a_perfect_image_are_those_of_its_template():
     image, label = painted()
-    measures = examine(image, label, template_means=MEANS, template=None, thin_labels=[9])
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["label_error_hu"] == {3: pytest.approx(0)}
     assert measures["vessel_contrast"] == pytest.approx(1)
     assert measures["vessel_continuity"] == 1
@@ -273,11 +278,13 @@ def test_faint_broken_and_copied_images_are_named():
     image, label = painted(vessel_hu=60.0)
     image[20:22, 20:22, 14:26] = -60
     noise = np.random.default_rng(0).normal(0, 20, image.shape).astype(np.float32)
-    measures = examine(image + noise, label, template_means=MEANS, template=(image + noise, label), thin_labels=[9])
+    measures = examine(
+        image + noise, label, template_statistics=table(MEANS), template=(image + noise, label), thin_labels=[9]
+    )
     gate = Gate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
     names = [line.split(":")[0] for line in rejections(measures, 5.0, gate)]
     assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
-    off = Gate(None, {}, None, None, None, None)
+    off = Gate(None, None, {}, None, None, None, None)
     assert rejections(measures, 5.0, off) == []
 
 
@@ -285,10 +292,10 @@ def test_vessels_one_voxel_wide_are_continuous_too():
     label = np.zeros((20, 20, 30), np.int64)
     label[10, 10, 3:27] = 9
     image = np.where(label == 9, 300.0, -60.0).astype(np.float32)
-    measures = examine(image, label, template_means=MEANS, template=None, thin_labels=[9])
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["vessel_continuity"] == 1
     image[10, 10, 12:18] = -60
-    measures = examine(image, label, template_means=MEANS, template=None, thin_labels=[9])
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["vessel_continuity"] == pytest.approx(1 - 6 / 24, abs=2.1 / 24)
 
 
@@ -297,16 +304,26 @@ def test_an_image_need_not_show_more_of_its_vessels_than_its_template():
     image[20:22, 20:22, 15:26] = -60  # half of the branch has faded, in the image and in the template
     means = [*MEANS[:9], float(image[label == 9].mean()), np.nan]
     alone, beside = (
-        examine(image, label, template_means=means, template=template, thin_labels=[9])["vessel_continuity"]
+        examine(image, label, template_statistics=table(means), template=template, thin_labels=[9])["vessel_continuity"]
         for template in (None, (image, label))
     )
     assert alone == pytest.approx(0.5, abs=0.06)
     assert beside == 1
 
 
+def test_a_label_drowned_in_noise_is_named():
+    image, label = painted()
+    noise = np.random.default_rng(0).normal(0, 30, image.shape).astype(np.float32)
+    measures = examine(image + noise, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert measures["label_sd_ratio"] == {3: pytest.approx(3, rel=0.1)}
+    assert [line.split(" times")[0] for line in rejections(measures, 5.0, Gate())] == [
+        f"max_label_sd_ratio: label 3 has {measures['label_sd_ratio'][3]:.1f}"
+    ]
+
+
 def test_a_label_off_its_template_is_named():
     image, label = painted(chamber_hu=300.0)
-    measures = examine(image, label, template_means=MEANS, template=None, thin_labels=[9])
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert rejections(measures, 5.0, Gate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
 
 
