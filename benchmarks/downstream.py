@@ -281,13 +281,13 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str
     return table
 
 
-def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draws: int = 3) -> None:
+def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draws: Sequence[int] = (0, 1, 2)) -> None:
     """Run what is missing, print the table and write benchmarks/results/downstream.json.
 
     Args:
         work_dir: cache of everything.
         n_real: numbers of real cases.
-        draws: of each number.
+        draws: numbers of the draws, from 0; several processes may take different ones.
     """
     work = Path(work_dir).resolve()
     cohort = work / "cohort"
@@ -302,7 +302,7 @@ def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draw
     )
     pool = absolute(cohort / "datalist.json", "training")
     test = listing(work / "test.json", absolute(cohort / "datalist.json", "test"), ("test",))
-    for draw in range(draws):
+    for draw in draws:
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
             synthetic = synthesize(own, draw_of(n, draw, pool), draw)

@@ -96,9 +96,9 @@ def examine(
         thin_labels: ids of vessels.
 
     Returns:
-        "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "label_sd_ratio" {label: SD
-        over the template's}, "vessel_contrast", "vessel_continuity" and "template_copy"; NaN where there is nothing to
-        measure.
+        "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "label_sd_ratio" {label:
+        SD over the template's}, "vessel_contrast", "vessel_continuity" and "template_copy"; NaN where nothing can be
+        measured.
     """
     table = label_statistics(torch.from_numpy(image), torch.from_numpy(label), len(template_statistics)).numpy()
     means, (template_means, template_sds) = table[:, 0], np.asarray(template_statistics, dtype=float).T
