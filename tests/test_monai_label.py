@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,16 @@ def labelled(cohort: Path, count: int) -> list[dict[str, str]]:
     ]
 
 
-def request_training(bundle: Path, cases: list[dict[str, str]], max_epochs: int) -> dict[str, torch.Tensor]:
-    """Run the bundle with the overrides of a training request and return the weights it leaves."""
-    config_file, model = bundle / "configs/train.json", bundle / "models/model.pt"
-    handlers = ConfigParser.load_config_file(config_file)["train"]["handlers"]
+def overrides_of_request(bundle: Path, cases: list[dict[str, str]], max_epochs: int) -> dict[str, Any]:
+    """What a training request changes in `train.json`."""
+    handlers = ConfigParser.load_config_file(bundle / "configs/train.json")["train"]["handlers"]
+    model = bundle / "models/model.pt"
     if model.exists():
         load_dict = {"model": "$@network"}
         loader = {"_target_": "CheckpointLoader", "load_path": str(model), "load_dict": load_dict, "strict": False}
         handlers.insert(0, loader)
     training, validation = partition_dataset(cases, ratios=[0.8, 0.2], shuffle=False)
-    overrides = {
+    return {
         "bundle_root": str(bundle),
         "train#trainer#max_epochs": max_epochs,
         "train#dataset#data": training,
@@ -78,15 +79,19 @@ def request_training(bundle: Path, cases: list[dict[str, str]], max_epochs: int)
         "train#handlers": handlers,
         "validate#dataset#data": validation,
     }
+
+
+def request_training(bundle: Path, cases: list[dict[str, str]], max_epochs: int) -> dict[str, torch.Tensor]:
+    """Run the bundle as a training request does and return the weights it leaves."""
     monai.bundle.run(
         run_id="run",
         init_id=None,
         final_id=None,
         meta_file=str(bundle / "configs/metadata.json"),
-        config_file=str(config_file),
-        **overrides,
+        config_file=str(bundle / "configs/train.json"),
+        **overrides_of_request(bundle, cases, max_epochs),
     )
-    return torch.load(model, weights_only=True)
+    return torch.load(bundle / "models/model.pt", weights_only=True)
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -225,3 +230,21 @@ def test_weights_of_a_request_fit_the_network_of_inference(bundle, cohort):
         "network_def"
     )
     network.load_state_dict(weights)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_request_together(bundle, cohort):
+    """With several GPUs the server writes its overrides into a config and starts torchrun on it."""
+    config_file, model = bundle / "configs/monailabel_train.json", bundle / "models/model.pt"
+    first = request_training(bundle, labelled(cohort, 1), max_epochs=1)
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs/train.json")
+    parser.update(overrides_of_request(bundle, labelled(cohort, 4), max_epochs=1))
+    ConfigParser.export_config_file(parser.config, str(config_file), indent=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "monai.bundle", "run", "run", "--meta_file", str(bundle / "configs/metadata.json")]
+    command += ["--config_file", f"['{config_file}','{bundle / 'configs/multi_gpu_train.json'}']"]
+    command += ["--logging_file", str(bundle / "configs/logging.conf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not equal(first, torch.load(model, weights_only=True)), "the processes trained nothing"
