@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import monai.bundle
 import nibabel as nib
 import numpy as np
@@ -81,8 +82,10 @@ def overrides_of_request(bundle: Path, cases: list[dict[str, str]], max_epochs: 
     }
 
 
-def request_training(bundle: Path, cases: list[dict[str, str]], max_epochs: int) -> dict[str, torch.Tensor]:
-    """Run the bundle as a training request does and return the weights it leaves."""
+def request_training(
+    bundle: Path, cases: list[dict[str, str]], max_epochs: int, **options: str
+) -> dict[str, torch.Tensor]:
+    """Run the bundle as a training request does and return the weights it leaves; options are those of tracking."""
     monai.bundle.run(
         run_id="run",
         init_id=None,
@@ -90,6 +93,7 @@ def request_training(bundle: Path, cases: list[dict[str, str]], max_epochs: int)
         meta_file=str(bundle / "configs/metadata.json"),
         config_file=str(bundle / "configs/train.json"),
         **overrides_of_request(bundle, cases, max_epochs),
+        **options,
     )
     return torch.load(bundle / "models/model.pt", weights_only=True)
 
@@ -230,6 +234,18 @@ def test_weights_of_a_request_fit_the_network_of_inference(bundle, cohort):
         "network_def"
     )
     network.load_state_dict(weights)
+
+
+@pytest.mark.slow
+def test_tracking_can_be_switched_on_in_a_request(bundle, cohort, tmp_path):
+    """MONAI then adds handlers of its own, which expect decollated output."""
+    uri = f"sqlite:///{tmp_path}/tracking.db"
+    request_training(
+        bundle, labelled(cohort, 3), max_epochs=1, tracking="mlflow", tracking_uri=uri, experiment_name="annotation"
+    )
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("annotation").experiment_id])
+    assert any("train_loss" in run.data.metrics for run in runs)
 
 
 @pytest.mark.slow
