@@ -107,5 +107,9 @@ cp "$weights" "$bundle/models/model.pt"
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 say "4/4 server: http://127.0.0.1:$port, log in $work/server.log"
 start_server "$port"
-"$python" "$root/ci/monailabel_check.py" "http://127.0.0.1:$port" "$work/phantoms/images/subject_003.nii.gz" \
-    "$work/phantoms/labels/subject_003.nii.gz" "$bundle/models/model.pt" "$configs/metadata.json"
+if ! "$python" "$root/ci/monailabel_check.py" "http://127.0.0.1:$port" "$work/phantoms/images/subject_003.nii.gz" \
+    "$work/phantoms/labels/subject_003.nii.gz" "$bundle/models/model.pt" "$configs/metadata.json"; then
+    tail -n 15 "$work/server.log" >&2
+    echo "ci/monailabel.sh: a check failed, it stands above the server's last words; all of them in $work/server.log" >&2
+    exit 1
+fi
