@@ -173,7 +173,7 @@ def load_pretrained(model: torch.nn.Module, path: str) -> bool:
         ValueError: when they are of another network.
     """
     if not os.path.isfile(path):
-        logger.info("%s: no pre-trained weights; training starts from random ones", path)
+        logger.info("%s: no pre-trained weights here", path)
         return False
     LoadWeights(model, path)()
     logger.info("training starts from %s", path)
