@@ -100,6 +100,25 @@ def test_everything_that_was_recorded_is_shown(tmp_path):
     assert "nan" not in words.lower()
 
 
+def test_segmenters_stand_beside_each_other_with_their_pictures(tmp_path):
+    make_set(tmp_path)
+    for name, dice in (("a", 0.5), ("b", 0.75)):
+        folder = tmp_path / name
+        (folder / "pictures").mkdir(parents=True)
+        header = "case,label,dice,cl_dice,hd95_mm,betti_error_0\n"
+        rows = f"p1,wall,{dice},,2.0,0\np1,vessel,0.25,{dice},,3\n"
+        (folder / "labels.csv").write_text(header + rows)
+        (folder / "pictures/p1.png").write_bytes(b"\x89PNG picture of " + name.encode())
+    evaluations = {"real <only>": str(tmp_path / "a"), "with synthetic": str(tmp_path / "b")}
+    text = open(report(tmp_path, evaluations=evaluations), encoding="utf-8").read()
+    page = Page(text)
+    assert page.open == []
+    row = re.search(r"<tr><td>cl_dice, vessel</td><td>with synthetic</td>(.*?)</tr>", text).group(1)
+    assert re.findall(r">([^<]+)</td>", row) == ["0.75", "0.25", "1 of 1"]
+    assert "minus real &lt;only&gt;" in text
+    assert base64.b64encode(b"\x89PNG picture of b").decode() in text
+
+
 def test_a_large_set_pictures_best_and_worst_only(tmp_path):
     make_set(tmp_path, cases=6, rejected=0)
     text = open(report(tmp_path, max_cases=2), encoding="utf-8").read()
