@@ -1,0 +1,113 @@
+"""Which stock network, and which learning rate, learns most from few cases in little time on a CPU?
+
+    python benchmarks/segmenters.py --work_dir runs/segmenters
+
+Every arm trains with `train.json` on the same four phantoms for the same number of steps and is tested on eight others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from common import RESULTS, machine
+from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, SHAPE, SPACING, absolute, bundle_run, listing, once
+
+from custom.phantom import make
+from custom.records import write_json
+
+EPOCHS, TRAINING, TEST = 20, 4, 8  # epochs of 16 steps
+NETWORKS: dict[str, dict[str, Any]] = {
+    "SegResNet, 8 filters": {
+        "_target_": "SegResNet",
+        "spatial_dims": 3,
+        "init_filters": 8,
+        "in_channels": 1,
+        "out_channels": 11,
+        "blocks_down": [1, 2, 2, 4],
+        "blocks_up": [1, 1, 1],
+        "norm": ["INSTANCE", {"affine": True}],
+    },
+    "DynUNet, 8 filters": {
+        "_target_": "DynUNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 11,
+        "kernel_size": [3, 3, 3, 3],
+        "strides": [1, 2, 2, 2],
+        "upsample_kernel_size": [2, 2, 2],
+        "filters": [8, 16, 32, 64],
+        "norm_name": ["INSTANCE", {"affine": True}],
+        "res_block": True,
+    },
+}
+ARMS = [(name, rate) for rate in (0.004, 0.001) for name in NETWORKS]
+
+
+def arm(work: Path, name: str, rate: float, training: str, test: str) -> dict[str, float]:
+    """Train and test one arm."""
+    folder = work / f"{name.split(',')[0]}_{rate}"
+    options = {k: v for k, v in SEGMENTER_OPTIONS.items() if not k.startswith("network_def")}
+    shared = {"ckpt_dir": folder / "models", "network_def": NETWORKS[name], "seed": 0, **options}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    bundle_run(
+        "training",
+        SEGMENTER,
+        ["train.json"],
+        datalists=[training],
+        learning_rate=rate,
+        max_epochs=EPOCHS,
+        output_dir=folder / "training",
+        **{"validate#dataset#data": []},
+        **shared,
+    )
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    bundle_run(
+        "evaluating",
+        SEGMENTER,
+        ["train.json", "evaluate.json"],
+        datalists=[test],
+        output_dir=folder / "evaluation",
+        **shared,
+    )
+    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
+    weights = torch.load(folder / "models/model.pt", weights_only=True)
+    return {
+        **{column: metrics.get(key, float("nan")) for column, key in COLUMNS.items()},
+        "training, CPU s": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+        "parameters, million": sum(value.numel() for value in weights.values()) / 1e6,
+    }
+
+
+def main(work_dir: str = "runs/segmenters") -> None:
+    """Run what is missing, print the table and write benchmarks/results/segmenters.json."""
+    work = Path(work_dir).resolve()
+    cohort = work / "cohort"
+    total = TRAINING + TEST
+    make(
+        str(cohort), total, 900, shape=SHAPE, spacing_mm=SPACING[0], validation_fraction=0.0, test_fraction=TEST / total
+    )
+    training, test = (
+        listing(work / f"{section}.json", absolute(cohort / "datalist.json", section), (section,))
+        for section in ("training", "test")
+    )
+    runs = {}
+    for name, rate in ARMS:
+        result = work / f"{name}, {rate:g}.json"
+        once(result, lambda: write_json(result, arm(work, name, rate, training, test)))  # noqa: B023
+        runs[f"{name}, rate {rate:g}"] = json.loads(result.read_text())
+    write_json(RESULTS / "segmenters.json", {"machine": machine(), "steps": EPOCHS * 16, "runs": runs})
+    columns = list(next(iter(runs.values())))
+    print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, row in runs.items():
+        print(f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    fire.Fire(main)
