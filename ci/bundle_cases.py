@@ -1,0 +1,160 @@
+"""How every entry point of every bundle is run on a few small phantoms: configs and options, as data.
+
+The entries of a bundle are in the order in which each finds what the ones before it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from custom.phantom import make
+from custom.records import write_json
+
+TINY_DIFFUSION = {"network_def#channels": [8, 8], "network_def#condition_channels": 4, "spacing_mm": [3.0, 3.0, 3.0]}
+TINY_SEGMENTER = {"network_def#init_filters": 8, "spacing_mm": [3.0, 3.0, 3.0], "roi_size": [32, 32, 32]}
+
+
+class Entry(NamedTuple):
+    """One entry point.
+
+    Attributes:
+        run_id: what `python -m monai.bundle run` is given.
+        configs: names of config files, merged in this order.
+        workflow_type: "train", "infer", or None where MONAI asks no properties of it.
+        options: overrides by id.
+    """
+
+    run_id: str
+    configs: tuple[str, ...]
+    workflow_type: str | None
+    options: Mapping[str, Any]
+
+
+def make_data(folder: Path) -> None:
+    """Writes four phantoms of 58^3 voxels, and a list in which those for training pass for synthetic ones.
+
+    Args:
+        folder: gets `data/datalist.json` (two cases for training, one each to validate and test) and
+            `data/synthetic.json` (the two, with a confidence that falls from 1 to 0.05 along the first axis).
+    """
+    data = folder / "data"
+    make(str(data), subjects=4, shape=(58, 58, 58), spacing_mm=2.5, validation_fraction=0.25, test_fraction=0.25)
+    (data / "confidence").mkdir()
+    cases = json.loads((data / "datalist.json").read_text())["training"]
+    for score, case in enumerate(cases, start=4):
+        label = nib.load(data / case["label"])
+        confidence = np.broadcast_to(np.linspace(1, 0.05, label.shape[0])[:, None, None], label.shape)
+        case["confidence"] = f"confidence/{Path(case['label']).name}"
+        case["score_hu"] = float(score)
+        nib.save(nib.Nifti1Image(confidence.astype(np.float32), label.affine), data / case["confidence"])
+    write_json(data / "synthetic.json", {"training": cases})
+
+
+def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
+    data, models = folder / "data", {"ckpt_dir": str(folder / "models")}
+    training = {
+        **TINY_DIFFUSION,
+        **models,
+        "dataset_dir": str(data),
+        "roi_size": [24, 24, 24],
+        "roi_margin": 8,
+        "samples_per_epoch": 4,
+        "max_epochs": 1,
+        "val_interval": 1,
+        "val_cases": 1,
+        "sampling_steps": 2,
+    }
+    template = {key: str(data / f"{key}s/subject_000.nii.gz") for key in ("image", "label")}
+    rendering = {
+        **TINY_DIFFUSION,
+        **models,
+        "sampling_steps": 2,
+        "target_masks": [str(data / "labels/subject_003.nii.gz")],
+        "templates": [template],
+    }
+    generating = {"reference_datalist": str(data / "datalist.json"), "count": 2, "output_dir": str(folder / "masks")}
+    synthesis = {
+        **TINY_DIFFUSION,
+        **models,
+        "sampling_steps": 2,
+        "template_datalist": str(data / "datalist.json"),
+        "gate": dict.fromkeys(("min_vessel_contrast", "min_vessel_continuity", "max_template_copy")),
+    }
+    synthesizing = {"mask_datalist": str(folder / "masks/datalist.json"), "output_dir": str(folder / "synthetic")}
+    chain = ("inference.json", "synthesize.json")
+    return {
+        "train": Entry("training", ("train.json",), "train", {**training, "output_dir": str(folder / "training")}),
+        "evaluate": Entry(
+            "evaluating",
+            ("train.json", "evaluate.json"),
+            "train",
+            {**training, "output_dir": str(folder / "evaluation")},
+        ),
+        "inference": Entry("run", ("inference.json",), "infer", {**rendering, "output_dir": str(folder / "rendered")}),
+        "generate_masks": Entry("generating", ("generate_masks.json",), None, generating),
+        "calibrate": Entry("calibrating", (*chain, "calibrate.json"), "infer", synthesis),
+        "synthesize": Entry("synthesizing", chain, "infer", {**synthesis, **synthesizing}),
+        "multi_gpu_train": Entry(
+            "training",
+            ("train.json", "multi_gpu_train.json"),
+            "train",
+            {**training, "ckpt_dir": str(folder / "models2"), "output_dir": str(folder / "training2")},
+        ),
+    }
+
+
+def _structdiff_seg_cal(folder: Path) -> dict[str, Entry]:
+    data, models = folder / "data", {"ckpt_dir": str(folder / "models")}
+    training = {
+        **TINY_SEGMENTER,
+        **models,
+        "dataset_dir": str(data),
+        "roi_margin": 8,
+        "samples_per_epoch": 4,
+        "max_epochs": 1,
+        "val_interval": 1,
+    }
+
+    def options(name: str, **more: Any) -> dict[str, Any]:
+        return {**training, "output_dir": str(folder / name), **more}
+
+    synthetic = {"synthetic_datalists": [str(data / "synthetic.json")]}
+    images = {"images": [str(data / "images/subject_003.nii.gz")]}
+    segmenting = {**TINY_SEGMENTER, **models, **images, "output_dir": str(folder / "segmented")}
+    second = {"ckpt_dir": str(folder / "models2")}
+    return {
+        "pretrain": Entry("pretraining", ("train.json", "pretrain.json"), "train", options("pretraining", **synthetic)),
+        "train": Entry("training", ("train.json",), "train", options("training")),
+        "evaluate": Entry("evaluating", ("train.json", "evaluate.json"), "train", options("evaluation")),
+        "inference": Entry("run", ("inference.json",), "infer", segmenting),
+        "multi_gpu_train": Entry(
+            "training", ("train.json", "multi_gpu_train.json"), "train", options("training2", **second)
+        ),
+    }
+
+
+CASES: dict[str, Callable[[Path], dict[str, Entry]]] = {
+    "structdiff_cardiac": _structdiff_cardiac,
+    "structdiff_seg_cal": _structdiff_seg_cal,
+}
+
+
+def entries(bundle: str, folder: Path) -> dict[str, Entry]:
+    """Entry points of a bundle, on the data that `make_data` wrote.
+
+    Args:
+        bundle: its name.
+        folder: holds `data`; everything is written below it.
+
+    Raises:
+        ValueError: for a bundle without a case.
+    """
+    if bundle not in CASES:
+        raise ValueError(f"bundle: {bundle} has no case in ci/bundle_cases.py, only {sorted(CASES)}; add one")
+    return CASES[bundle](folder)
