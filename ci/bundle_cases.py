@@ -28,12 +28,14 @@ class Entry(NamedTuple):
         configs: names of config files, merged in this order.
         workflow_type: "train", "infer", or None where MONAI asks no properties of it.
         options: overrides by id.
+        writes: files that it must leave, below the folder of the data.
     """
 
     run_id: str
     configs: tuple[str, ...]
     workflow_type: str | None
     options: Mapping[str, Any]
+    writes: tuple[str, ...]
 
 
 def make_data(folder: Path) -> None:
@@ -60,7 +62,6 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
     data, models = folder / "data", {"ckpt_dir": str(folder / "models")}
     training = {
         **TINY_DIFFUSION,
-        **models,
         "dataset_dir": str(data),
         "roi_size": [24, 24, 24],
         "roi_margin": 8,
@@ -88,23 +89,36 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
     }
     synthesizing = {"mask_datalist": str(folder / "masks/datalist.json"), "output_dir": str(folder / "synthetic")}
     chain = ("inference.json", "synthesize.json")
+
+    def train(name: str, *more: str, models: Path = folder / "models") -> tuple[tuple[str, ...], str, dict[str, Any]]:
+        options = {**training, "ckpt_dir": str(models), "output_dir": str(folder / name)}
+        return ("train.json", *more), "train", options
+
     return {
-        "train": Entry("training", ("train.json",), "train", {**training, "output_dir": str(folder / "training")}),
-        "evaluate": Entry(
-            "evaluating",
-            ("train.json", "evaluate.json"),
-            "train",
-            {**training, "output_dir": str(folder / "evaluation")},
+        "train": Entry("training", *train("training"), ("models/model.pt", "training/metrics.csv")),
+        "evaluate": Entry("evaluating", *train("evaluation", "evaluate.json"), ("evaluation/metrics.json",)),
+        "inference": Entry(
+            "run",
+            ("inference.json",),
+            "infer",
+            {**rendering, "output_dir": str(folder / "rendered")},
+            ("rendered/subject_003_from_subject_000.nii.gz",),
         ),
-        "inference": Entry("run", ("inference.json",), "infer", {**rendering, "output_dir": str(folder / "rendered")}),
-        "generate_masks": Entry("generating", ("generate_masks.json",), None, generating),
-        "calibrate": Entry("calibrating", (*chain, "calibrate.json"), "infer", synthesis),
-        "synthesize": Entry("synthesizing", chain, "infer", {**synthesis, **synthesizing}),
+        "generate_masks": Entry(
+            "generating", ("generate_masks.json",), None, generating, ("masks/datalist.json", "masks/summary.csv")
+        ),
+        "calibrate": Entry("calibrating", (*chain, "calibrate.json"), "infer", synthesis, ("models/confidence.json",)),
+        "synthesize": Entry(
+            "synthesizing",
+            chain,
+            "infer",
+            {**synthesis, **synthesizing},
+            ("synthetic/datalist.json", "synthetic/report.html"),
+        ),
         "multi_gpu_train": Entry(
             "training",
-            ("train.json", "multi_gpu_train.json"),
-            "train",
-            {**training, "ckpt_dir": str(folder / "models2"), "output_dir": str(folder / "training2")},
+            *train("training2", "multi_gpu_train.json", models=folder / "models2"),
+            ("models2/model.pt",),
         ),
     }
 
@@ -121,20 +135,27 @@ def _structdiff_seg_cal(folder: Path) -> dict[str, Entry]:
         "val_interval": 1,
     }
 
-    def options(name: str, **more: Any) -> dict[str, Any]:
-        return {**training, "output_dir": str(folder / name), **more}
+    def train(name: str, *more: str, **options: Any) -> tuple[tuple[str, ...], str, dict[str, Any]]:
+        return ("train.json", *more), "train", {**training, "output_dir": str(folder / name), **options}
 
     synthetic = {"synthetic_datalists": [str(data / "synthetic.json")]}
     images = {"images": [str(data / "images/subject_003.nii.gz")]}
-    segmenting = {**TINY_SEGMENTER, **models, **images, "output_dir": str(folder / "segmented")}
     second = {"ckpt_dir": str(folder / "models2")}
     return {
-        "pretrain": Entry("pretraining", ("train.json", "pretrain.json"), "train", options("pretraining", **synthetic)),
-        "train": Entry("training", ("train.json",), "train", options("training")),
-        "evaluate": Entry("evaluating", ("train.json", "evaluate.json"), "train", options("evaluation")),
-        "inference": Entry("run", ("inference.json",), "infer", segmenting),
+        "pretrain": Entry(
+            "pretraining", *train("pretraining", "pretrain.json", **synthetic), ("models/pretrained.pt",)
+        ),
+        "train": Entry("training", *train("training"), ("models/model.pt", "training/metrics.csv")),
+        "evaluate": Entry("evaluating", *train("evaluation", "evaluate.json"), ("evaluation/metrics.json",)),
+        "inference": Entry(
+            "run",
+            ("inference.json",),
+            "infer",
+            {**TINY_SEGMENTER, **models, **images, "output_dir": str(folder / "segmented")},
+            ("segmented/subject_003_seg.nii.gz",),
+        ),
         "multi_gpu_train": Entry(
-            "training", ("train.json", "multi_gpu_train.json"), "train", options("training2", **second)
+            "training", *train("training2", "multi_gpu_train.json", **second), ("models2/model.pt",)
         ),
     }
 
