@@ -116,9 +116,7 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
             ("synthetic/datalist.json", "synthetic/report.html"),
         ),
         "multi_gpu_train": Entry(
-            "training",
-            *train("training2", "multi_gpu_train.json", models=folder / "models2"),
-            ("models2/model.pt",),
+            "training", *train("training2", "multi_gpu_train.json", models=folder / "models2"), ("models2/model.pt",)
         ),
     }
 

@@ -9,8 +9,6 @@ import tempfile
 import unittest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import package
 from bundle_cases import Entry, entries, make_data
 from monai.bundle import ConfigWorkflow
