@@ -1,4 +1,4 @@
-"""Every config of `structdiff_cardiac` on four phantoms: `PYTHONPATH=ci python ci/unit_tests/test_structdiff_cardiac.py`."""
+"""Every config of `structdiff_cardiac` on four phantoms; needs `PYTHONPATH=ci`."""
 
 import unittest
 

@@ -1,4 +1,4 @@
-"""Every config of `structdiff_seg_cal` on four phantoms: `PYTHONPATH=ci python ci/unit_tests/test_structdiff_seg_cal.py`."""
+"""Every config of `structdiff_seg_cal` on four phantoms; needs `PYTHONPATH=ci`."""
 
 import unittest
 
