@@ -115,6 +115,13 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
             {**synthesis, **synthesizing},
             ("synthetic/datalist.json", "synthetic/report.html"),
         ),
+        "measure_set": Entry(
+            "measuring",
+            (*chain, "measure_set.json"),
+            "infer",
+            {**synthesis, **synthesizing},
+            ("synthetic/set_metrics.json",),
+        ),
         "multi_gpu_train": Entry(
             "training", *train("training2", "multi_gpu_train.json", models=folder / "models2"), ("models2/model.pt",)
         ),

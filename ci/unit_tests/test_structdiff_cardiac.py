@@ -34,6 +34,10 @@ class TestStructDiffCardiac(BundleTest):
         """The new masks are rendered with a confidence."""
         self.run_entry("synthesize")
 
+    def test_7_measure_set_config(self) -> None:
+        """The synthetic data set is measured."""
+        self.run_entry("measure_set")
+
 
 if __name__ == "__main__":
     unittest.main()
