@@ -21,8 +21,12 @@ from shell_shims import config_files, merged, option, recorders, small_python
 BUNDLES = package.bundles()
 CARDS = [bundle / "docs/README.md" for bundle in BUNDLES]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-NOT_RUN = {"bash ci/real_input.sh DATA_DIR [OUTPUT_DIR]": "needs a real CTA and a night"}
-"""Blocks that no test runs, with the reason."""
+NOT_RUN = {
+    "bash ci/real_input.sh": "needs a real CTA and a night",
+    "bash ci/monailabel.sh": "is a check of its own, with an installation of its own",
+    "source .venv-monailabel/bin/activate": "what ci/monailabel.sh does, with a user's folders",
+}
+"""How blocks begin that no test runs, with the reason."""
 
 
 def blocks(document: Path) -> list[str]:
@@ -70,7 +74,7 @@ def recorded(document: Path, tmp_path: Path) -> list[list[str]]:
     where = sandbox(tmp_path / "sandbox") if document in GUIDES else document.parents[1]
     recorders(tmp_path / "shims", "python", "torchrun", "bash")
     recorders(where / ".venv/bin", "python", "ruff") if document in GUIDES else None
-    text = "\n".join(block for block in blocks(document) if block.strip() not in NOT_RUN)
+    text = "\n".join(block for block in blocks(document) if not block.startswith(tuple(NOT_RUN)))
     bash(text, where, environment(tmp_path / "shims", RECORD=str(record)))
     calls = [path.read_text().split("\0")[:-1] for path in record.iterdir()]
     return [[re.sub(f"^{re.escape(str(where))}/", "", part) for part in call] for call in calls]
@@ -95,8 +99,8 @@ def test_commands_name_files_run_ids_and_options_that_exist(document, tmp_path, 
 
 
 def test_blocks_that_are_not_run_still_exist():
-    printed = {block.strip() for document in GUIDES + CARDS for block in blocks(document)}
-    assert set(NOT_RUN) <= printed
+    printed = [block for document in GUIDES + CARDS for block in blocks(document)]
+    assert all(any(block.startswith(beginning) for block in printed) for beginning in NOT_RUN)
 
 
 @pytest.mark.slow
@@ -110,7 +114,7 @@ def test_commands_of_the_guides_run(document, tmp_path):
         (root / ".venv/bin" / tool).symlink_to(Path(sys.executable).parent / tool)
     stamp = "cat pyproject.toml ci/constraints.txt ci/setup.sh | sha256sum | cut -c1-16"
     (root / f".venv/structdiff-{bash(stamp, root, dict(os.environ)).strip()}").touch()
-    text = "\n".join(block for block in blocks(document) if block.strip() not in NOT_RUN)
+    text = "\n".join(block for block in blocks(document) if not block.startswith(tuple(NOT_RUN)))
     bash(text, root, environment(root / ".venv/bin", SCHEMA="absent"))
     if document.name == "README.md":
         assert (root / "runs/rendered/subject_038_from_subject_000.nii.gz").is_file()
