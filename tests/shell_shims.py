@@ -8,9 +8,10 @@ import stat
 import sys
 from pathlib import Path
 
-from conftest import TINY, TINY_TRAINING
+from bundle_cases import OPEN_GATE
+from conftest import ROOT, TINY, TINY_TRAINING
 
-PHANTOMS = ["--shape", "48,48,48", "--spacing_mm", "3.0"]
+PHANTOMS = ["--shape", "58,58,58", "--spacing_mm", "2.5"]
 SMALL = {
     **TINY,
     **TINY_TRAINING,
@@ -18,11 +19,7 @@ SMALL = {
     "network_def#init_filters": 8,
     "max_epochs": 1,
     "count": 2,
-    "gate#min_vessel_contrast": None,
-    "gate#min_vessel_continuity": None,
-    "gate#max_template_copy": None,
-    "gate#max_label_error_hu": None,
-    "gate#hu_ranges": None,
+    **{f"gate#{limit}": value for limit, value in OPEN_GATE.items()},
 }
 """Overrides that make any config fast; each is passed where the configs have its id."""
 
@@ -41,7 +38,7 @@ def recorders(folder: Path, *names: str) -> None:
 
 def small_python(folder: Path) -> None:
     """`python` and `torchrun` that run the real ones on small phantoms with tiny networks; pytest only collects."""
-    here = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; import shell_shims as s; "
+    here = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'ci'), str(ROOT)]!r}; import shell_shims as s; "
     for name, prefix in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
         code = here + f"s.run_small({prefix!r} + sys.argv[1:])"
         _script(folder / name, f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
