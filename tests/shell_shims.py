@@ -19,7 +19,7 @@ SMALL = {
     "network_def#init_filters": 8,
     "max_epochs": 1,
     "count": 2,
-    **{f"gate#{limit}": value for limit, value in OPEN_GATE.items()},
+    "gate": OPEN_GATE,  # as a whole: MONAI's command line drops single values of None
 }
 """Overrides that make any config fast; each is passed where the configs have its id."""
 
@@ -38,7 +38,8 @@ def recorders(folder: Path, *names: str) -> None:
 
 def small_python(folder: Path) -> None:
     """`python` and `torchrun` that run the real ones on small phantoms with tiny networks; pytest only collects."""
-    here = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'ci'), str(ROOT)]!r}; import shell_shims as s; "
+    places = [str(ROOT / "tests"), str(ROOT / "ci"), str(ROOT)]
+    here = f"import sys; sys.path[:0] = {places!r}; import shell_shims as s; "
     for name, prefix in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
         code = here + f"s.run_small({prefix!r} + sys.argv[1:])"
         _script(folder / name, f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
