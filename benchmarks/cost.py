@@ -235,9 +235,7 @@ def main(size: int = 64, repeats: int = 5, timed: bool = True) -> None:
 
 
 def _print_table(
-    table: dict[str, dict[str, float]],
-    ratios: dict[str, dict[str, float]],
-    seconds: dict[str, dict[str, list[float]]],
+    table: dict[str, dict[str, float]], ratios: dict[str, dict[str, float]], seconds: dict[str, dict[str, list[float]]]
 ) -> None:
     units = {"flops": ("GFLOPs", 1e9), "training_mib": ("training MiB", 1.0), "parameters": ("M parameters", 1e6)}
     units |= {

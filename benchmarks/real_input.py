@@ -111,12 +111,7 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
     network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
     preprocessing = parser.get_parsed_content("preprocessing")
     template = preprocessing(
-        {
-            "label": pair["label"],
-            "case": "itself",
-            "template_image": pair["image"],
-            "template_label": pair["label"],
-        }
+        {"label": pair["label"], "case": "itself", "template_image": pair["image"], "template_label": pair["label"]}
     )
     template_image = template["template_image"][0].numpy()
     template_label = template["label"][0].numpy().round().astype(np.int64)

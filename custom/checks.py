@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,26 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from nibabel.orientations import io_orientation
 
+import custom
+
 _AFFINE_TOLERANCE_MM = 1e-2
+
+
+def check_version(*, needed: str) -> None:
+    """Refuses configs and parts of different versions: another `custom` may lie first on the path, or in memory.
+
+    Args:
+        needed: `custom_version` of the bundle's metadata.
+
+    Raises:
+        ValueError: naming both versions and the folder that was imported.
+    """
+    if needed != custom.__version__:
+        raise ValueError(
+            f"custom: version {custom.__version__} was imported from {Path(__file__).parent}, the bundle's "
+            f"metadata.json needs custom_version {needed}; use the folder custom/ that came with the bundle, start "
+            "elsewhere than in a folder with another custom/, or reinstall the package"
+        )
 
 
 def file_of(volume: Any) -> str:

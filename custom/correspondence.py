@@ -41,7 +41,7 @@ class CorrespondenceAttention(nn.Module):
         ids = torch.arange(self.num_labels, device=label.device).view(1, -1, 1, 1, 1)
         fractions = F.avg_pool3d((label.round() == ids).float(), self.stride)
         axes = [torch.linspace(-1, 1, n, device=label.device) for n in fractions.shape[2:]]
-        position = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(label), -1, -1, -1, -1)
+        position = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(label.shape[0], -1, -1, -1, -1)
         return self.mask_encoder(torch.cat([fractions, position], 1)).flatten(2).transpose(1, 2)
 
     def affinity(self, context: torch.Tensor) -> torch.Tensor:

@@ -207,11 +207,11 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     if min(displacement.shape[2:]) < 2:
         raise ValueError(f"displacement must have two voxels along each axis, got {tuple(displacement.shape[2:])}.")
     rows = [torch.gradient(displacement[:, k], dim=(1, 2, 3)) for k in range(3)]
-    J = [[rows[i][j] + float(i == j) for j in range(3)] for i in range(3)]
+    jacobian = [[rows[i][j] + float(i == j) for j in range(3)] for i in range(3)]
     det = (
-        J[0][0] * (J[1][1] * J[2][2] - J[1][2] * J[2][1])
-        - J[0][1] * (J[1][0] * J[2][2] - J[1][2] * J[2][0])
-        + J[0][2] * (J[1][0] * J[2][1] - J[1][1] * J[2][0])
+        jacobian[0][0] * (jacobian[1][1] * jacobian[2][2] - jacobian[1][2] * jacobian[2][1])
+        - jacobian[0][1] * (jacobian[1][0] * jacobian[2][2] - jacobian[1][2] * jacobian[2][0])
+        + jacobian[0][2] * (jacobian[1][0] * jacobian[2][1] - jacobian[1][1] * jacobian[2][0])
     )
     return det[:, None]
 

@@ -123,10 +123,7 @@ def angle(a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor
 
 
 def angle_step(
-    y: torch.Tensor,
-    f: torch.Tensor,
-    step: torch.Tensor,
-    previous: tuple[torch.Tensor, torch.Tensor] | None,
+    y: torch.Tensor, f: torch.Tensor, step: torch.Tensor, previous: tuple[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
     """One second-order Adams-Bashforth step of dy/dpsi = F (ours); the first step of a trajectory is Euler's.
 

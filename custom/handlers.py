@@ -20,13 +20,7 @@ from monai.handlers import CheckpointLoader
 from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
 from custom.networks import StructDiffUNet
-from custom.residual import (
-    GAUSSIAN,
-    MIN_SIGMA,
-    ResidualMoments,
-    label_edges,
-    to_local,
-)
+from custom.residual import GAUSSIAN, MIN_SIGMA, ResidualMoments, label_edges, to_local
 
 logger = logging.getLogger(__name__)
 

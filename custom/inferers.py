@@ -12,16 +12,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from tqdm import tqdm
 
-from custom.diffusion import (
-    amplitudes,
-    angle,
-    angle_step,
-    at,
-    corner,
-    haar_pack,
-    haar_unpack,
-    pad_to_multiple,
-)
+from custom.diffusion import amplitudes, angle, angle_step, at, corner, haar_pack, haar_unpack, pad_to_multiple
 from custom.networks import CONTEXT_CHANNELS, Condition, StructDiffUNet
 from custom.residual import from_local, label_edges, to_local
 from custom.schedulers import ListedDDIMScheduler

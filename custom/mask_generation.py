@@ -178,10 +178,7 @@ class MaskGenerator:
         generator = torch.Generator().manual_seed(int(state[0]))
         scale = motion.shrink**attempt
         velocity = torch.zeros(1, 3, *shape)
-        for amplitude, sigma in (
-            (motion.coarse_mm, motion.coarse_sigma_mm),
-            (motion.fine_mm, motion.fine_sigma_mm),
-        ):
+        for amplitude, sigma in ((motion.coarse_mm, motion.coarse_sigma_mm), (motion.fine_mm, motion.fine_sigma_mm)):
             velocity += random_velocity(
                 shape, spacing_mm=spacing, sigma_mm=sigma, amplitude_mm=amplitude, generator=generator
             )

@@ -57,11 +57,7 @@ def _write_pictures(root: Path, records: Sequence[Mapping[str, Any]], vessel_lab
 
 
 def summarise_masks(
-    *,
-    output_dir: str,
-    provenance: Mapping[str, Any],
-    vessel_labels: Sequence[int],
-    tracking_uri: str,
+    *, output_dir: str, provenance: Mapping[str, Any], vessel_labels: Sequence[int], tracking_uri: str
 ) -> dict[str, float]:
     """Write `summary.csv`, `pictures/masks.png`, an MLflow run and, last, `datalist.json` from all records of a run.
 

@@ -111,10 +111,7 @@ class PrepareMaskd(Transform):
         label = data["label"]
         try:
             prepared, report = prepare_label_map(
-                label_map_of(label),
-                self.structures,
-                spacing_mm=label.pixdim.tolist(),
-                smoothing_mm=self.smoothing_mm,
+                label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist(), smoothing_mm=self.smoothing_mm
             )
         except ValueError as error:
             raise ValueError(f"{file_of(label)}: {error}") from error

@@ -135,13 +135,7 @@ NEEDS_TOUCHES = ("attached", "vessel_attached")
 # Rendered and true image, label map and label ids -> value.
 MEASURES: dict[str, Callable[..., float]] = {
     measure.__name__: measure
-    for measure in (
-        label_mean_error,
-        label_wasserstein,
-        grain_ratio,
-        vessel_contrast_ratio,
-        mean_absolute_error,
-    )
+    for measure in (label_mean_error, label_wasserstein, grain_ratio, vessel_contrast_ratio, mean_absolute_error)
 } | {f"vessel_{name}": partial(_of_vessels, measure) for name, measure in MASK_MEASURES.items()}
 
 

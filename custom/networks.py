@@ -55,6 +55,28 @@ def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
     return pack_blocks((label.round() == ids).float())
 
 
+class TracedNetwork(nn.Module):
+    """What `torch.jit.script` compiles in place of a `StructDiffUNet`: its forward, traced once, valid at all sizes.
+
+    Args:
+        network: in evaluation mode, on any device.
+    """
+
+    def __init__(self, network: StructDiffUNet) -> None:
+        super().__init__()
+        device = network.alphas_cumprod.device
+        # A size that needs padding and a batch of two: tracing leaves out branches that are not taken.
+        size = (network.size_multiple + 1,) * 3
+        image = torch.zeros(2, 1, *size, device=device)
+        context = torch.zeros(2, len(CONTEXT_CHANNELS), *size, device=device)
+        timesteps = torch.zeros(2, dtype=torch.int64, device=device)
+        self.traced = torch.jit.trace(network, (image, timesteps, context))
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """As `StructDiffUNet.forward`, without its checks."""
+        return self.traced(x, timesteps, context)
+
+
 class StructDiffUNet(nn.Module):
     """Predicts the velocity of the scaled residual (image - prior) / scale of a CT volume, guided by mask and template.
 
@@ -203,3 +225,7 @@ class StructDiffUNet(nn.Module):
                 f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"
             )
         return self.denoise(x, timesteps, self.encode(context))
+
+    def __prepare_scriptable__(self) -> TracedNetwork:
+        """Hook of `torch.jit.script`, which cannot compile autocast and generators: makes `ckpt_export` work."""
+        return TracedNetwork(self)

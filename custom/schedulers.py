@@ -47,11 +47,7 @@ class ListedDDIMScheduler(DDIMScheduler):
         super().__init__(num_train_timesteps, schedule, clip_sample=False, prediction_type="v_prediction")
         self.set_timesteps(timesteps)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: Sequence[int] | int,
-        device: str | torch.device | None = None,
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Sequence[int] | int, device: str | torch.device | None = None) -> None:
         """Set the times of the network calls: a list, or a number of evenly spaced steps."""
         if isinstance(num_inference_steps, int):
             # MONAI's constructor asks for the whole training schedule; a sampler needs one call fewer.

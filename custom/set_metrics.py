@@ -205,10 +205,10 @@ def frechet_distance(samples: Matrix, reference: Matrix) -> float:
             f"frechet_distance: {samples.shape[1]} features need {needed} cases in each set, got {len(samples)} and "
             f"{len(reference)}; use kernel_distance, which is unbiased at any number"
         )
-    C_1, C_2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (samples, reference))
-    root = np.sqrt(np.linalg.eigvals(C_1 @ C_2).real.clip(0)).sum()
+    cov_1, cov_2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (samples, reference))
+    root = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).real.clip(0)).sum()
     shift = samples.mean(0) - reference.mean(0)
-    return float(shift @ shift + np.trace(C_1) + np.trace(C_2) - 2 * root)
+    return float(shift @ shift + np.trace(cov_1) + np.trace(cov_2) - 2 * root)
 
 
 def _nearest(samples: Matrix, others: Matrix) -> NDArray[np.float64]:

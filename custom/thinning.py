@@ -176,13 +176,13 @@ def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
     References:
         Shit et al., clDice - a novel topology-preserving loss function for tubular structure segmentation, CVPR 2021.
     """
-    V_P, V_L = as_mask("prediction", prediction), as_mask("truth", truth)
-    same_shape("prediction", V_P, "truth", V_L)
-    if not V_P.any() or not V_L.any():
-        return float(not V_P.any() and not V_L.any())
-    S_P, S_L = skeleton(V_P), skeleton(V_L)
-    precision = (S_P & V_L).sum() / S_P.sum()
-    sensitivity = (S_L & V_P).sum() / S_L.sum()
+    v_p, v_l = as_mask("prediction", prediction), as_mask("truth", truth)
+    same_shape("prediction", v_p, "truth", v_l)
+    if not v_p.any() or not v_l.any():
+        return float(not v_p.any() and not v_l.any())
+    s_p, s_l = skeleton(v_p), skeleton(v_l)
+    precision = (s_p & v_l).sum() / s_p.sum()
+    sensitivity = (s_l & v_p).sum() / s_l.sum()
     if precision + sensitivity == 0:
         return 0.0
     return float(2 * precision * sensitivity / (precision + sensitivity))

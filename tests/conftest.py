@@ -21,11 +21,7 @@ from custom.phantom import make
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE, SEG_BUNDLE = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
 CONFIGS = BUNDLE / "configs"
-TINY = {
-    "network_def#channels": [8, 8],
-    "network_def#condition_channels": 4,
-    "spacing_mm": [3.0, 3.0, 3.0],
-}
+TINY = {"network_def#channels": [8, 8], "network_def#condition_channels": 4, "spacing_mm": [3.0, 3.0, 3.0]}
 TINY_TRAINING = {
     **TINY,
     "roi_size": [24, 24, 24],

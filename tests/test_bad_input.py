@@ -313,11 +313,7 @@ def test_weights_of_another_network_are_refused(weights, other):
 
 @pytest.mark.parametrize(
     "spoil",
-    [
-        lambda content: content[: len(content) // 2],
-        lambda content: b"garbage" * 10,
-        lambda content: b"",
-    ],
+    [lambda content: content[: len(content) // 2], lambda content: b"garbage" * 10, lambda content: b""],
     ids=["cut short", "garbage", "empty"],
 )
 def test_unreadable_weights_are_named(weights, tmp_path, spoil):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom.checks import CheckVolumesd, LoadVolumesd, file_of
+import custom
+from custom.checks import CheckVolumesd, LoadVolumesd, check_version, file_of
 
 SHAPE = (6, 5, 7)
 LARGER = (17, 16, 15)
@@ -235,3 +236,11 @@ def test_unreadable_file_is_named_with_the_reason(readable, spoil, reason):
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_parts_of_another_version_are_refused():
+    check_version(needed=custom.__version__)
+    with pytest.raises(
+        ValueError, match=r"custom: version .* was imported from .*custom, .* needs custom_version 99.0"
+    ):
+        check_version(needed="99.0")

@@ -32,12 +32,7 @@ def seeded(seed=0):
 
 def velocity(amplitude_mm=3.0, seed=0, shape=SHAPE, spacing_mm=SPACING, sigma_mm=8.0, batch=1):
     return random_velocity(
-        shape,
-        spacing_mm=spacing_mm,
-        sigma_mm=sigma_mm,
-        amplitude_mm=amplitude_mm,
-        generator=seeded(seed),
-        batch=batch,
+        shape, spacing_mm=spacing_mm, sigma_mm=sigma_mm, amplitude_mm=amplitude_mm, generator=seeded(seed), batch=batch
     )
 
 

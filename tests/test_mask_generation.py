@@ -47,11 +47,7 @@ def airway():
     return label
 
 
-ORGAN = {
-    1: Structure("lung"),
-    2: Structure("airway", tubular=True, touches=(3,)),
-    3: Structure("larynx"),
-}
+ORGAN = {1: Structure("lung"), 2: Structure("airway", tubular=True, touches=(3,)), 3: Structure("larynx")}
 
 
 def assert_kept(new, source, structures):

@@ -331,3 +331,23 @@ def test_padding_of_the_context_is_what_encode_does(network):
     for name, part in whole._asdict().items():
         assert torch.equal(part, getattr(padded, name)), name
         assert part.shape[2:] == (8, 4, 8), name
+
+
+@pytest.mark.parametrize("correspondence_channels", [0, 8])
+def test_torchscript_gives_the_same_velocity_at_every_size_and_in_every_mode(correspondence_channels, tmp_path):
+    network = shaken(make_network(correspondence_channels))
+    network.moments.set_table(varied_table())
+    torch.jit.save(torch.jit.script(network), tmp_path / "network.ts")
+    loaded = torch.jit.load(tmp_path / "network.ts")
+    for size, batch in zip(SIZES, (1, 2, 3), strict=True):
+        image, timesteps = noise(batch, 1, *size), torch.arange(batch) * 300 + 100
+        context = make_context(size, batch)
+        mask_only = context.clone()
+        mask_only[:, 1], mask_only[:, 2], mask_only[:, 4:] = 0.0, -1.0, 0.0
+        unconditional = mask_only.clone()
+        unconditional[:, 0] = -1.0
+        for mode in (context, mask_only, unconditional):
+            with torch.no_grad():
+                expected = network(image, timesteps, mode)
+                torch.testing.assert_close(loaded(image, timesteps, mode), expected, rtol=1e-4, atol=1e-4)
+            assert expected.std() > 0.01
