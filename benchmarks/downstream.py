@@ -42,12 +42,13 @@ GENERATOR_OPTIONS = {
     "max_epochs": 12,
     "val_interval": 12,
 }
-SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [40, 40, 40], "network_def#init_filters": 8}
-PRETRAIN_EPOCHS, TUNE_EPOCHS = 20, 10  # of 16 steps
+SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "batch_size": 1, "network_def#init_filters": 8}
+PRETRAIN_EPOCHS, TUNE_EPOCHS = 22, 10  # of 32 steps
+PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
 VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
-ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, DEFORMED_VARIED, VARIED, FILTERED)
+ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, VARIED, DEFORMED_VARIED, FILTERED)
 CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
 COLUMNS = {
     "mean Dice": "dice",
@@ -217,6 +218,7 @@ def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, 
             ["train.json", "pretrain.json"],
             synthetic_datalists=[listing(folder / "synthetic.json", data)],
             max_epochs=PRETRAIN_EPOCHS,
+            learning_rate=PRETRAIN_RATE,
             warmup_epochs=4,
             ramp_epochs=6,
             output_dir=folder / "pretraining",
@@ -230,7 +232,7 @@ def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, 
             ["train.json"],
             datalists=[str(work / "real.json")],
             max_epochs=tune_epochs,
-            learning_rate=1e-3 if arm == REAL_ONLY else 5e-4,
+            learning_rate=PRETRAIN_RATE if arm == REAL_ONLY else TUNE_RATE,
             output_dir=folder / "training",
             **common,
         )

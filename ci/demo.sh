@@ -89,7 +89,7 @@ finished cal pretrained.pt pretraining ||
 
 say "8/9 fine-tuning on two cases, and the same network without pre-training: $demo/cal, $demo/real_only"
 finished cal model.pt training ||
-    segmenter_run training "[$train]" --datalists "$few" --max_epochs 8 --val_interval 4 --learning_rate 0.0005 \
+    segmenter_run training "[$train]" --datalists "$few" --max_epochs 8 --val_interval 4 --learning_rate 0.002 \
         --output_dir "$demo/cal/training" --ckpt_dir "$demo/cal/models"
 finished real_only model.pt training ||
     segmenter_run training "[$train]" --datalists "$few" --max_epochs 24 --val_interval 8 \
