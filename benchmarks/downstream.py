@@ -42,8 +42,8 @@ GENERATOR_OPTIONS = {
     "max_epochs": 12,
     "val_interval": 12,
 }
-SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "batch_size": 1, "network_def#init_filters": 8}
-PRETRAIN_EPOCHS, TUNE_EPOCHS = 22, 10  # of 32 steps
+SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
+PRETRAIN_EPOCHS, TUNE_EPOCHS = 30, 14  # of 16 steps
 PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
