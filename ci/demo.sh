@@ -84,15 +84,15 @@ say "7/9 a segmenter pre-trained on the synthetic set, weighted by confidence: $
 finished cal pretrained.pt pretraining ||
     segmenter_run pretraining "[$train,'$segmenter/pretrain.json']" \
         --synthetic_datalists "['$demo/synthetic/datalist.json']" --real_datalists "$few" --datalists "$few" \
-        --max_epochs 16 --warmup_epochs 4 --ramp_epochs 4 --val_interval 8 \
+        --max_epochs 20 --warmup_epochs 4 --ramp_epochs 6 --val_interval 10 \
         --output_dir "$demo/cal/pretraining" --ckpt_dir "$demo/cal/models"
 
 say "8/9 fine-tuning on two cases, and the same network without pre-training: $demo/cal, $demo/real_only"
 finished cal model.pt training ||
-    segmenter_run training "[$train]" --datalists "$few" --max_epochs 8 --val_interval 4 --learning_rate 0.002 \
+    segmenter_run training "[$train]" --datalists "$few" --max_epochs 10 --val_interval 5 --learning_rate 0.002 \
         --output_dir "$demo/cal/training" --ckpt_dir "$demo/cal/models"
 finished real_only model.pt training ||
-    segmenter_run training "[$train]" --datalists "$few" --max_epochs 24 --val_interval 8 \
+    segmenter_run training "[$train]" --datalists "$few" --max_epochs 30 --val_interval 10 \
         --output_dir "$demo/real_only/training" --ckpt_dir "$demo/real_only/models"
 
 say "9/9 both on the test cases, and the report: $demo/synthetic/report.html"
