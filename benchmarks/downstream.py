@@ -15,6 +15,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, VARIED, DEFORMED_VARIED,
 CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
 COLUMNS = {
     "mean Dice": "dice",
+    "LV myocardium": "dice LV myocardium",
+    "left atrium": "dice left atrium",
+    "left ventricle": "dice left ventricle",
+    "right atrium": "dice right atrium",
+    "right ventricle": "dice right ventricle",
+    "aorta": "dice aorta",
+    "pulmonary artery": "dice pulmonary artery",
     "coronary Dice": f"dice {VESSEL}",
     "coronary clDice": f"cl_dice {VESSEL}",
     "coronary HD95, mm": f"hd95_mm {VESSEL}",
@@ -261,25 +269,25 @@ def draw_of(n_real: int, draw: int, pool: Sequence[Mapping[str, Any]]) -> list[d
     return [dict(pool[i % len(pool)]) for i in np.resize(order, (draw + 1) * n_real)[draw * n_real :]]
 
 
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Of the values that are defined; NaN when none is."""
+    known = [v for v in values if not np.isnan(v)]
+    return (float(np.mean(known)), float(np.std(known))) if known else (float("nan"), float("nan"))
+
+
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean, spread and paired difference from the first two baselines of every arm and measure, by number of cases."""
+    """Mean and spread over draws of every arm and measure, and its paired differences from the two baselines."""
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for arm in ARMS:
-        for column in COLUMNS:
-            values = {r["draw"]: r["arms"][arm][column] for r in runs if arm in r["arms"]}
-            if not values:
-                continue
-            cell = {"mean": float(np.nanmean(list(values.values()))), "sd": float(np.nanstd(list(values.values())))}
-            for base in (REAL_ONLY, UNWEIGHTED):
-                paired = [
-                    v - r["arms"][base][column] for r in runs if base in r["arms"] and (v := values.get(r["draw"]))
-                ]
-                if paired and arm != base:
-                    cell |= {
-                        f"minus {base}": float(np.nanmean(paired)),
-                        f"worst minus {base}": float(np.nanmin(paired)),
-                    }
-            table.setdefault(arm, {})[column] = cell
+    for arm, column in product(ARMS, COLUMNS):
+        values = [run["arms"][arm][column] for run in runs if arm in run["arms"]]
+        if not values:
+            continue
+        cell = dict(zip(("mean", "sd"), mean_sd(values), strict=True))
+        for base in (REAL_ONLY, UNWEIGHTED):
+            both = [run["arms"] for run in runs if {arm, base} <= set(run["arms"])]
+            if both and arm != base:
+                cell[f"minus {base}"] = mean_sd([arms[arm][column] - arms[base][column] for arms in both])[0]
+        table.setdefault(arm, {})[column] = cell
     return table
 
 
