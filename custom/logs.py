@@ -86,15 +86,20 @@ def log_run(
         params, metrics: numbers that are not finite are left out.
         artifacts: files to copy.
     """
-    mlflow.set_tracking_uri(tracking_uri)
-    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        mlflow.create_experiment(EXPERIMENT, artifact_location=(Path(output_dir) / "mlartifacts").resolve().as_uri())
-    mlflow.set_experiment(EXPERIMENT)
-    with mlflow.start_run(run_name=run_name):
-        mlflow.log_params(dict(params))
-        mlflow.log_metrics({name: value for name, value in metrics.items() if np.isfinite(value)})
-        for artifact in artifacts:
-            mlflow.log_artifact(str(artifact))
+    # A client, not mlflow's global state: that is also the environment's, and MONAI's handler heeds it first.
+    client = mlflow.MlflowClient(tracking_uri)
+    known = client.get_experiment_by_name(EXPERIMENT)
+    place = (Path(output_dir) / "mlartifacts").resolve().as_uri()
+    experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, artifact_location=place)
+    run = client.create_run(experiment, run_name=run_name).info.run_id
+    for name, value in params.items():
+        client.log_param(run, name, value)
+    for name, value in metrics.items():
+        if np.isfinite(value):
+            client.log_metric(run, name, value)
+    for artifact in artifacts:
+        client.log_artifact(run, str(artifact))
+    client.set_terminated(run)
 
 
 class MetricsTable:
