@@ -51,6 +51,7 @@ FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuf
 VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
 ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, VARIED, DEFORMED_VARIED, FILTERED)
 CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
+LARGE = "mean of the seven large labels"
 COLUMNS = {
     "mean Dice": "dice",
     "LV myocardium": "dice LV myocardium",
@@ -66,6 +67,9 @@ COLUMNS = {
     "coronary pieces, error": f"betti_error_0 {VESSEL}",
     "centre line found": f"centreline_recovered {VESSEL}",
 }
+
+
+LARGE_LABELS = [name for name, key in COLUMNS.items() if key.startswith("dice ") and key != f"dice {VESSEL}"]
 
 
 def bundle_run(entry: str, bundle: Path, configs: Sequence[str], **options: Any) -> None:
@@ -263,6 +267,14 @@ def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, 
     return {name: metrics.get(key, float("nan")) for name, key in COLUMNS.items()}
 
 
+def phantoms(work: Path, *, seed: int, training: int, test: int) -> dict[str, list[dict[str, Any]]]:
+    """Training and test cases of a cohort below `work`."""
+    fraction = test / (training + test)
+    options = {"shape": SHAPE, "spacing_mm": SPACING[0], "validation_fraction": 0.0, "test_fraction": fraction}
+    datalist = Path(make(str(work / "cohort"), training + test, seed, **options))
+    return {section: absolute(datalist, section) for section in ("training", "test")}
+
+
 def draw_of(n_real: int, draw: int, pool: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The real cases of one draw; draws of one size share no case while the pool lasts."""
     order = np.random.default_rng(n_real).permutation(len(pool))
@@ -278,7 +290,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and spread over draws of every arm and measure, and its paired differences from the two baselines."""
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for arm, column in product(ARMS, COLUMNS):
+    for arm, column in product(ARMS, (LARGE, *COLUMNS)):
         values = [run["arms"][arm][column] for run in runs if arm in run["arms"]]
         if not values:
             continue
@@ -300,22 +312,12 @@ def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draw
         draws: numbers of the draws, from 0; several processes may take different ones.
     """
     work = Path(work_dir).resolve()
-    cohort = work / "cohort"
-    make(
-        str(cohort),
-        POOL + TEST,
-        500,
-        shape=SHAPE,
-        spacing_mm=SPACING[0],
-        validation_fraction=0.0,
-        test_fraction=TEST / (POOL + TEST),
-    )
-    pool = absolute(cohort / "datalist.json", "training")
-    test = listing(work / "test.json", absolute(cohort / "datalist.json", "test"), ("test",))
+    cases = phantoms(work, seed=500, training=POOL, test=TEST)
+    test = listing(work / "test.json", cases["test"], ("test",))
     for draw in draws:
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
-            synthetic = synthesize(own, draw_of(n, draw, pool), draw)
+            synthetic = synthesize(own, draw_of(n, draw, cases["training"]), draw)
             sets = training_sets(own, synthetic)
             for arm in ARMS:
                 result = own / "results" / f"{arm}.json"
@@ -329,15 +331,18 @@ def report(work_dir: str | Path) -> None:
     for folder in sorted(Path(work_dir).resolve().glob("n*_draw*")):
         n, draw = (int(part) for part in folder.name[1:].split("_draw"))
         arms = {arm: json.loads(f.read_text()) for arm in ARMS if (f := folder / "results" / f"{arm}.json").exists()}
+        for values in arms.values():
+            values[LARGE] = float(np.mean([values[name] for name in LARGE_LABELS]))
         if arms:
             runs.append({"n_real": n, "draw": draw, "arms": arms})
     summary = {n: summarise([r for r in runs if r["n_real"] == n]) for n in sorted({r["n_real"] for r in runs})}
     write_json(RESULTS / "downstream.json", {"machine": machine(), "summary": summary, "runs": runs})
     for n, table in summary.items():
         print(f"\n{n} real case(s), {sum(r['n_real'] == n for r in runs)} draws")
-        print("| arm | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
+        columns = (LARGE, *COLUMNS)
+        print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
         for arm, row in table.items():
-            print(f"| {arm} | " + " | ".join(f"{row[c]['mean']:.3f} ± {row[c]['sd']:.3f}" for c in COLUMNS) + " |")
+            print(f"| {arm} | " + " | ".join(f"{row[c]['mean']:.3f} ± {row[c]['sd']:.3f}" for c in columns) + " |")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from typing import Any
 import fire
 import torch
 from common import RESULTS, machine
-from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, SHAPE, SPACING, absolute, bundle_run, listing, once
+from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, bundle_run, listing, once, phantoms
 
-from custom.phantom import make
 from custom.records import write_json
 
 EPOCHS, TRAINING, TEST = 20, 4, 8  # epochs of 16 steps
@@ -87,15 +86,8 @@ def arm(work: Path, name: str, rate: float, training: str, test: str) -> dict[st
 def main(work_dir: str = "runs/segmenters") -> None:
     """Run what is missing, print the table and write benchmarks/results/segmenters.json."""
     work = Path(work_dir).resolve()
-    cohort = work / "cohort"
-    total = TRAINING + TEST
-    make(
-        str(cohort), total, 900, shape=SHAPE, spacing_mm=SPACING[0], validation_fraction=0.0, test_fraction=TEST / total
-    )
-    training, test = (
-        listing(work / f"{section}.json", absolute(cohort / "datalist.json", section), (section,))
-        for section in ("training", "test")
-    )
+    cases = phantoms(work, seed=900, training=TRAINING, test=TEST)
+    training, test = (listing(work / f"{name}.json", cases[name], (name,)) for name in ("training", "test"))
     runs = {}
     for name, rate in ARMS:
         result = work / f"{name}, {rate:g}.json"

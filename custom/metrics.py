@@ -200,10 +200,10 @@ class TopologyMetric(CumulativeIterationMetric):
             raise ValueError("y: must be label maps (B, 1, H, W, D) of the shape of y_pred")
         spacing_mm = tuple(self.spacing_mm or (_spacing_mm(y) if isinstance(y, MetaTensor) else _VOXELS))
         maps = [torch.as_tensor(volume[:, 0]).cpu().round().numpy() for volume in (y_pred, y)]
-        values = [
-            [self.measure(p == k, t == k, np.isin(p, self.touches), spacing_mm) for k in self.labels]
-            for p, t in zip(*maps, strict=True)
-        ]
+        values = []
+        for predicted, true in zip(*maps, strict=True):
+            other = np.isin(predicted, self.touches)
+            values.append([self.measure(predicted == k, true == k, other, spacing_mm) for k in self.labels])
         return torch.tensor(values, dtype=torch.float32)
 
     def aggregate(self) -> torch.Tensor:  # type: ignore[override]

@@ -176,7 +176,7 @@ def write_report(
         label_names: one for each id, background first.
         vessel_labels: ids of the projections.
         max_cases: so many cases are pictured, those of the highest and lowest scores among them; rejected ones apart.
-        evaluations: name -> output folder of `evaluate.json` of the segmenter; the first is compared with the others.
+        evaluations: name -> output folder of `evaluate.json` of the segmenter; others are compared with the first.
         tracking_uri: of MLflow, where the report is logged; None leaves that out.
 
     Returns:

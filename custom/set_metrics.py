@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from monai.metrics.fid import get_fid_score
 from monai.metrics.regression import compute_ms_ssim
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -188,7 +189,7 @@ def kernel_distance(samples: Matrix, reference: Matrix, *, subsets: int = 100, s
 
 
 def frechet_distance(samples: Matrix, reference: Matrix) -> float:
-    """Frechet distance of Gaussians fitted to two sets of features, |m_1 - m_2|^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^1/2).
+    """Frechet distance of Gaussians fitted to two sets of features, by MONAI, where the sets are large enough for one.
 
     Args:
         samples, reference: (N, D) and (M, D), with twice as many cases as features at least.
@@ -205,10 +206,7 @@ def frechet_distance(samples: Matrix, reference: Matrix) -> float:
             f"frechet_distance: {samples.shape[1]} features need {needed} cases in each set, got {len(samples)} and "
             f"{len(reference)}; use kernel_distance, which is unbiased at any number"
         )
-    cov_1, cov_2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (samples, reference))
-    root = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).real.clip(0)).sum()
-    shift = samples.mean(0) - reference.mean(0)
-    return float(shift @ shift + np.trace(cov_1) + np.trace(cov_2) - 2 * root)
+    return float(get_fid_score(torch.as_tensor(samples), torch.as_tensor(reference)))
 
 
 def _nearest(samples: Matrix, others: Matrix) -> NDArray[np.float64]:
