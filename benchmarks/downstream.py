@@ -24,11 +24,13 @@ import nibabel as nib
 import numpy as np
 import torch
 from common import RESULTS, ROOT, machine
+from scipy import ndimage
 
 from custom.phantom import make
 from custom.records import write_json
 from custom.template import label_statistics
 from custom.transforms import VaryContrastd
+from custom.uncertainty import edge_bins
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,14 @@ GENERATOR_OPTIONS = {
     "val_interval": 12,
 }
 SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
-PRETRAIN_EPOCHS, TUNE_EPOCHS = 30, 14  # of 16 steps
+PRETRAIN_EPOCHS, TUNE_EPOCHS = 48, 20  # of 16 steps
 PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
 VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
-ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, VARIED, DEFORMED_VARIED, FILTERED)
+TRUTH, BY_LABEL = "CAL, confidence from the true error", "CAL, confidence scaled by label alone"
+ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, FILTERED, TRUTH, BY_LABEL, VARIED, DEFORMED_VARIED)
+TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence of `TRUTH` is one half
 CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
 LARGE = "mean of the seven large labels"
 COLUMNS = {
@@ -61,6 +65,8 @@ COLUMNS = {
     "right ventricle": "dice right ventricle",
     "aorta": "dice aorta",
     "pulmonary artery": "dice pulmonary artery",
+    "left atrial appendage": "dice left atrial appendage",
+    "pulmonary veins": "dice pulmonary veins",
     "coronary Dice": f"dice {VESSEL}",
     "coronary clDice": f"cl_dice {VESSEL}",
     "coronary HD95, mm": f"hd95_mm {VESSEL}",
@@ -69,7 +75,7 @@ COLUMNS = {
 }
 
 
-LARGE_LABELS = [name for name, key in COLUMNS.items() if key.startswith("dice ") and key != f"dice {VESSEL}"]
+LARGE_LABELS = list(COLUMNS)[1:8]
 
 
 def bundle_run(entry: str, bundle: Path, configs: Sequence[str], **options: Any) -> None:
@@ -120,6 +126,44 @@ def shuffled(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(values, confidence.affine), target)
         result.append({**item, "confidence": str(target), "score_hu": float(score)})
+    return result
+
+
+def knowing_the_error(
+    items: Sequence[Mapping[str, Any]], truths: Mapping[str, str], folder: Path
+) -> list[dict[str, Any]]:
+    """The same cases with the confidence that knows the error: the upper bound of what any confidence can give.
+
+    With one real case the truth of a synthetic image is that case deformed to the same mask, apart from its noise.
+    """
+    result = []
+    for item in items:
+        image, truth = (nib.load(path) for path in (item["image"], truths[Path(item["label"]).name.split("_from_")[0]]))
+        error = np.asarray(image.dataobj, np.float32) - np.asarray(truth.dataobj, np.float32)
+        values = 1 / (1 + (ndimage.uniform_filter(error, 3) / TRUE_ERROR_HU) ** 2)
+        target = folder / Path(item["confidence"]).name
+        folder.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine), target)
+        result.append({**item, "confidence": str(target)})
+    return result
+
+
+def scaled_by_label(items: Sequence[Mapping[str, Any]], table: Path, folder: Path) -> list[dict[str, Any]]:
+    """The same cases with variances scaled by one tau for each label, whatever the distance to its edge."""
+    tau, result = np.array(json.loads(table.read_text())["tau_hu2"]), []
+    for item in items:
+        image, label = (nib.load(item[key]) for key in ("confidence", "label"))
+        ids = np.asarray(label.dataobj).astype(int)
+        bins = edge_bins(torch.from_numpy(ids.astype(np.float32)), SPACING).numpy()
+        values = np.asarray(image.dataobj, np.float64)
+        exponent = -np.log(values.clip(0.05, 1)) * tau[ids, bins]
+        for k in np.unique(ids):
+            inside = ids == k
+            values[inside] = 0.5 ** (exponent[inside] / max(np.quantile(exponent[inside], 0.9), 1e-6))
+        target = folder / Path(item["confidence"]).name
+        folder.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values.clip(0.05, 1).astype(np.float32), image.affine), target)
+        result.append({**item, "confidence": str(target)})
     return result
 
 
@@ -201,6 +245,8 @@ def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[d
     plain = [{"image": item["image"], "label": item["label"]} for item in items]
     limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
     deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
+    truths = {Path(item["label"]).name.split(".")[0]: item["image"] for item in deformed}
+    one_case = len(json.loads((work / "real.json").read_text())["training"]) == 1
     return {
         DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed],
         DEFORMED_VARIED: with_contrast(deformed, work / "deformed_varied"),
@@ -208,6 +254,8 @@ def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[d
         FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
         CAL: items,
         SHUFFLED: shuffled(items, work / "shuffled"),
+        BY_LABEL: scaled_by_label(items, work / "models/confidence.json", work / "scaled_by_label"),
+        **({TRUTH: knowing_the_error(items, truths, work / "true_error")} if one_case else {}),
         VARIED: absolute(synthetic[VARIED], "training"),
     }
 
@@ -303,13 +351,19 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str
     return table
 
 
-def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draws: Sequence[int] = (0, 1, 2)) -> None:
+def main(
+    work_dir: str = "runs/downstream",
+    n_real: Sequence[int] = (1, 4),
+    draws: Sequence[int] = (0, 1, 2),
+    arms: Sequence[str] = ARMS,
+) -> None:
     """Run what is missing, print the table and write benchmarks/results/downstream.json.
 
     Args:
         work_dir: cache of everything.
         n_real: numbers of real cases.
         draws: numbers of the draws, from 0; several processes may take different ones.
+        arms: names of arms, some of `ARMS`.
     """
     work = Path(work_dir).resolve()
     cases = phantoms(work, seed=500, training=POOL, test=TEST)
@@ -319,7 +373,7 @@ def main(work_dir: str = "runs/downstream", n_real: Sequence[int] = (1, 4), draw
             own = work / f"n{n}_draw{draw}"
             synthetic = synthesize(own, draw_of(n, draw, cases["training"]), draw)
             sets = training_sets(own, synthetic)
-            for arm in ARMS:
+            for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
                 once(result, lambda: write_json(result, segment(own, arm, sets.get(arm, []), test, draw)))  # noqa: B023
             report(work)

@@ -96,7 +96,7 @@ class Confidenced(Transform):
 class CalibrateConfidence:
     """Collect variances of rendered held-out masks and write the confidence table.
 
-    At most 20,000 voxels of each label and edge bin are kept of a case, drawn from its name.
+    At most 20,000 voxels of each label and edge bin are kept of a case, drawn from its file name.
 
     Args:
         path: JSON file to write.
@@ -122,14 +122,15 @@ class CalibrateConfidence:
         for variance, volume in zip(variances, labels, strict=True):
             label = plain(volume)[0, 0].cpu().round().long()
             bins = edge_bins(label, self.made_with["spacing_mm"])
-            generator = torch.Generator().manual_seed(int(content_hash(file_of(volume).encode())[:8], 16))
+            name = Path(file_of(volume)).name
+            generator = torch.Generator().manual_seed(int(content_hash(name.encode())[:8], 16))
             cell, kept = (label * (len(EDGE_BINS_MM) + 1) + bins).flatten(), []
             for index in cell.unique().tolist():
                 voxels = (cell == index).nonzero()[:, 0]
                 kept.append(voxels[torch.randperm(len(voxels), generator=generator)[:_VOXELS_OF_A_CELL]])
             chosen = torch.cat(kept)
             self._cases.append((variance.flatten()[chosen], label.flatten()[chosen], bins.flatten()[chosen]))
-            self._names.append(file_of(volume))
+            self._names.append(name)
 
     def write(self, engine: Engine) -> None:
         """Write the table."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from monai.losses import SoftclDiceLoss
 from torch.nn import functional as F
-from torch.nn.modules.loss import _Loss
+from torch.nn.modules.loss import _Loss, _WeightedLoss
 
 from custom.diffusion import amplitudes, at, corner, haar_pack, pad_to_multiple, precondition
 from custom.networks import StructDiffUNet
@@ -133,18 +133,20 @@ def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int
     return weights.view_as(values)
 
 
-class CALLoss(_Loss):
+class CALLoss(_WeightedLoss):
     """Dice and cross-entropy weighted by confidence, for confidence-aware adaptive learning (ours).
 
-        L = mean(r w CE) + mean_bk r_b (1 - (2 sum(w p g) + eps) / (sum(w (p + g)) + eps)) + l mean_b(r_b clDice_b)
+        L = sum(r w c CE) / sum(c) + mean_bk r_b c_k (1 - (2 sum(w p g) + eps) / (sum(w (p + g)) + eps))
+            + l mean_b(r_b clDice_b)
 
-    with w = :func:`class_normalised` confidence^gamma, r_b the weight of a sample, p the softmax of the logits, g the
-    one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not its masked losses:
-    they multiply prediction and label by the mask, which squares the weight in the Dice term.
+    with w = :func:`class_normalised` confidence^gamma, r_b the weight of a sample, c_k that of a class, p the softmax of
+    the logits, g the one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not its
+    masked losses: they multiply prediction and label by the mask, which squares the weight in the Dice term.
 
     `gamma` is 0 (all voxels alike) until :class:`custom.handlers.ConfidenceSchedule` raises it to 1.
 
     Args:
+        weight: (C,) c, at least 0, as in `DiceCELoss`; None: 1 for all.
         gamma: exponent of the confidence.
         largest_weight: see :func:`class_normalised`.
         cl_dice_weight: l, factor of MONAI's `SoftclDiceLoss` of the thin labels; 0 leaves it out.
@@ -162,12 +164,13 @@ class CALLoss(_Loss):
     def __init__(
         self,
         *,
+        weight: torch.Tensor | None = None,
         gamma: float = 1.0,
         largest_weight: float = 5.0,
         cl_dice_weight: float = 0.0,
         thin_labels: Sequence[int] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(weight)
         if gamma < 0 or cl_dice_weight < 0:
             raise ValueError(f"gamma, cl_dice_weight: must not be negative, got {gamma} and {cl_dice_weight}")
         if largest_weight < 1:
@@ -201,14 +204,17 @@ class CALLoss(_Loss):
                 f"target: label and confidence must be (B, 1, H, W, D) beside logits {tuple(logits.shape)}, got "
                 f"{tuple(label.shape)} and {tuple(confidence.shape)}"
             )
+        c = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight.to(logits)
+        if len(c) != logits.shape[1]:
+            raise ValueError(f"weight: needs one value for each of {logits.shape[1]} classes, got {len(c)}")
         w = class_normalised(confidence.float() ** self.gamma, label, logits.shape[1], self.largest_weight)
         log_p, ids = logits.log_softmax(1), label.long()
-        p, r = log_p.exp(), sample.view(-1, 1, 1, 1, 1)
-        cross_entropy = -(r * w * log_p.gather(1, ids)).mean()
+        p, r, share = log_p.exp(), sample.view(-1, 1, 1, 1, 1), c[ids]
+        cross_entropy = -(r * w * share * log_p.gather(1, ids)).sum() / share.sum()
         g = torch.zeros_like(p).scatter_(1, ids, 1.0)
         wp, space = w * p, (2, 3, 4)
         overlap, both = (wp * g).sum(space), (wp + w * g).sum(space)
-        dice = (r[..., 0, 0, 0] * (1 - (2 * overlap + self._SMOOTH) / (both + self._SMOOTH))).mean()
+        dice = (r[..., 0, 0, 0] * c * (1 - (2 * overlap + self._SMOOTH) / (both + self._SMOOTH))).mean()
         loss = cross_entropy + dice
         if self.cl_dice_weight > 0:
             thin = self._cl_dice(p[:, self.thin_labels], g[:, self.thin_labels])

@@ -50,9 +50,10 @@ def value_and_gradient(loss, logits, target):
 def test_the_same_confidence_everywhere_is_dice_ce(batch, level, gamma):
     logits, label, _ = batch
     target = label if level is None else {"label": label, "confidence": torch.full_like(label, level)}
-    expected = value_and_gradient(DiceCELoss(softmax=True, to_onehot_y=True), logits, label)
-    found = value_and_gradient(CALLoss(gamma=gamma), logits, target)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    for weight in (None, torch.tensor([1.0, 0.0, 2.0, 6.0])):
+        expected = value_and_gradient(DiceCELoss(softmax=True, to_onehot_y=True, weight=weight), logits, label)
+        found = value_and_gradient(CALLoss(gamma=gamma, weight=weight), logits, target)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_without_gamma_confidence_changes_nothing(batch):
@@ -160,6 +161,11 @@ def test_the_cl_dice_term_is_monais_of_the_thin_labels(batch):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CALLoss(**options)
+
+
+def test_class_weights_of_another_number_are_refused(batch):
+    with pytest.raises(ValueError, match="weight: needs one value for each of 4 classes, got 3"):
+        CALLoss(weight=torch.ones(3))(*batch[:2])
 
 
 def test_confidence_of_another_shape_is_refused(batch):

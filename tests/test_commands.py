@@ -1,4 +1,4 @@
-"""Every command that README, CONTRIBUTING and the model cards print is well formed (fast) and runs (slow)."""
+"""Every command that the guides and the model cards print is well formed (fast) and runs (slow)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from conftest import ROOT
 from monai.bundle import ConfigParser
 from shell_shims import config_files, merged, option, recorders, small_python
 
+from custom.phantom import make
+
 BUNDLES = package.bundles()
 CARDS = [bundle / "docs/README.md" for bundle in BUNDLES]
-GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FIVE_CASES = ROOT / "docs/FIVE_CASES.md"
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", FIVE_CASES]
 NOT_RUN = {
     "bash ci/real_input.sh": "needs a real CTA and a night",
     "bash ci/monailabel.sh": "is a check of its own, with an installation of its own",
@@ -47,6 +50,7 @@ def sandbox(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("eval", "models", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    (folder / "cases").mkdir()
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f'export PATH="{folder}/.venv/bin:$PATH"\n')
     return folder
@@ -57,6 +61,15 @@ def add_fresh_weights(bundle: Path) -> None:
     parser.read_config(bundle / "configs/inference.json")
     (bundle / "models").mkdir()
     torch.save(parser.get_parsed_content("network_def").state_dict(), bundle / package.WEIGHTS)
+
+
+def add_five_cases(folder: Path) -> None:
+    """Phantoms under the names of the worked example."""
+    make(str(folder / "made"), subjects=5, shape=(58, 58, 58), spacing_mm=2.5)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+        for number, path in enumerate(sorted((folder / "made" / kind).iterdir()), start=1):
+            path.rename(folder / kind / f"{number}.nii.gz")
 
 
 def bash(script: str, cwd: Path, env: dict[str, str]) -> str:
@@ -109,6 +122,7 @@ def test_commands_of_the_guides_run(document, tmp_path):
     root = sandbox(tmp_path)
     for bundle in (root / "bundles").iterdir():
         add_fresh_weights(bundle)
+    add_five_cases(root / "cases")
     small_python(root / ".venv/bin")
     for tool in ("ruff", "mypy", "black", "isort", "flake8"):
         (root / ".venv/bin" / tool).symlink_to(Path(sys.executable).parent / tool)
@@ -121,6 +135,9 @@ def test_commands_of_the_guides_run(document, tmp_path):
         assert (root / "runs/synthetic/report.html").is_file()
         assert (root / "runs/demo/synthetic/report.html").is_file()
         assert (root / "dist/structdiff_cardiac.zip").is_file()
+    if document == FIVE_CASES:
+        assert (root / "runs/five/segmented/5.nii.gz").is_file()
+        assert "three real cases only" in (root / "runs/five/synthetic/report.html").read_text()
 
 
 @pytest.mark.slow
