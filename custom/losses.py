@@ -139,9 +139,9 @@ class CALLoss(_WeightedLoss):
         L = sum(r w c CE) / sum(c) + mean_bk r_b c_k (1 - (2 sum(w p g) + eps) / (sum(w (p + g)) + eps))
             + l mean_b(r_b clDice_b)
 
-    with w = :func:`class_normalised` confidence^gamma, r_b the weight of a sample, c_k that of a class, p the softmax of
-    the logits, g the one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not its
-    masked losses: they multiply prediction and label by the mask, which squares the weight in the Dice term.
+    with w = :func:`class_normalised` confidence^gamma, r_b the weight of a sample, c_k that of a class, p the softmax
+    of the logits, g the one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not
+    its masked losses: they multiply prediction and label by the mask, which squares the weight in the Dice term.
 
     `gamma` is 0 (all voxels alike) until :class:`custom.handlers.ConfidenceSchedule` raises it to 1.
 
