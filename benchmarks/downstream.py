@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from common import RESULTS, ROOT, machine
 from scipy import ndimage
+from scipy.stats import spearmanr
 
 from custom.phantom import make
 from custom.records import write_json
@@ -35,6 +36,7 @@ from custom.uncertainty import edge_bins
 logger = logging.getLogger(__name__)
 
 GENERATOR, SEGMENTER = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
+LABEL_NAMES = json.loads((SEGMENTER / "configs/train.json").read_text())["label_names"]
 VESSEL = "coronary arteries"
 SHAPE, SPACING, POOL, TEST = (72, 72, 72), [2.0, 2.0, 2.0], 12, 8
 MASKS, CALIBRATION, WORST_SHARE = 32, 8, 0.25
@@ -183,8 +185,8 @@ def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict
     return result
 
 
-def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Path]:
-    """Generator, masks, table and two synthetic sets of one draw; returns the datalists of the sets by arm."""
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, varied: bool) -> dict[str, Path]:
+    """Generator, masks, table and one or two synthetic sets of one draw; returns the datalists of the sets by arm."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 
@@ -232,11 +234,9 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> dict
         )
 
     once(work / "models/confidence.json", calibrate)
-    plain, varied = work / "synthetic", work / "synthetic_varied"
-    return {
-        CAL: once(plain / "datalist.json", lambda: render(plain)),
-        VARIED: once(varied / "datalist.json", lambda: render(varied, **CONTRAST)),
-    }
+    plain, other = work / "synthetic", work / "synthetic_varied"
+    sets = {CAL: once(plain / "datalist.json", lambda: render(plain))}
+    return sets | ({VARIED: once(other / "datalist.json", lambda: render(other, **CONTRAST))} if varied else {})
 
 
 def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
@@ -247,17 +247,19 @@ def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[d
     deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
     truths = {Path(item["label"]).name.split(".")[0]: item["image"] for item in deformed}
     one_case = len(json.loads((work / "real.json").read_text())["training"]) == 1
-    return {
+    sets = {
         DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed],
-        DEFORMED_VARIED: with_contrast(deformed, work / "deformed_varied"),
         UNWEIGHTED: plain,
         FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
         CAL: items,
         SHUFFLED: shuffled(items, work / "shuffled"),
         BY_LABEL: scaled_by_label(items, work / "models/confidence.json", work / "scaled_by_label"),
         **({TRUTH: knowing_the_error(items, truths, work / "true_error")} if one_case else {}),
-        VARIED: absolute(synthetic[VARIED], "training"),
     }
+    if VARIED in synthetic:
+        sets[VARIED] = absolute(synthetic[VARIED], "training")
+        sets[DEFORMED_VARIED] = with_contrast(deformed, work / "deformed_varied")
+    return sets
 
 
 def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, seed: int) -> dict[str, float]:
@@ -371,7 +373,8 @@ def main(
     for draw in draws:
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
-            synthetic = synthesize(own, draw_of(n, draw, cases["training"]), draw)
+            real = draw_of(n, draw, cases["training"])
+            synthetic = synthesize(own, real, draw, varied=bool({VARIED, DEFORMED_VARIED} & {*arms}))
             sets = training_sets(own, synthetic)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
@@ -399,6 +402,36 @@ def report(work_dir: str | Path) -> None:
             print(f"| {arm} | " + " | ".join(f"{row[c]['mean']:.3f} ± {row[c]['sd']:.3f}" for c in columns) + " |")
 
 
+def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1), cases: int = 8) -> None:
+    """What confidence can tell CAL inside a label, with one real case; writes benchmarks/results/cal_confidence.json.
+
+    Printed for each label: Spearman correlation with the true error of 3^3 means, and the 10 and 90 % quantiles of the
+    voxel weights, of the maps as they are and of maps scaled by label alone; the same quantiles of a perfect map.
+    """
+    rows: dict[str, dict[str, list[float]]] = {}
+    for draw in draws:
+        work = Path(work_dir).resolve() / f"n1_draw{draw}"
+        sets = training_sets(work, {CAL: work / "synthetic/datalist.json"})
+        for number in range(cases):
+            label = np.asarray(nib.load(sets[CAL][number]["label"]).dataobj).astype(int)
+            maps = {
+                arm: np.asarray(nib.load(sets[arm][number]["confidence"]).dataobj) for arm in (CAL, BY_LABEL, TRUTH)
+            }
+            for k, name in enumerate(LABEL_NAMES):
+                row, inside = rows.setdefault(name, {}), label == k
+                for arm, values in maps.items():
+                    c = values[inside]
+                    row.setdefault(f"{arm}: rank correlation", []).append(spearmanr(c, maps[TRUTH][inside])[0])
+                    for q in (0.1, 0.9):
+                        row.setdefault(f"{arm}: weight at {q}", []).append(float(np.quantile(c / c.mean(), q)))
+    table = {name: {column: float(np.mean(v)) for column, v in row.items()} for name, row in rows.items()}
+    write_json(RESULTS / "cal_confidence.json", {"machine": machine(), "cases": cases * len(draws), "labels": table})
+    columns = list(next(iter(table.values())))
+    print("| label | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, row in table.items():
+        print(f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |")
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    fire.Fire({"run": main, "report": report})
+    fire.Fire({"run": main, "report": report, "confidence": confidence})
