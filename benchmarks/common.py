@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import monai
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
+from scipy import ndimage
 
 from custom.handlers import LoadWeights
 
@@ -17,6 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = ROOT / "docs/pictures"
 TRAIN_CONFIG = ROOT / "bundles/structdiff_cardiac/configs/train.json"
+
+
+def edge_bins(label: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Bin of the distance of each voxel to the nearest voxel of another label: below 1, 2, 4, 8 mm, and beyond."""
+    distance = np.full(label.shape, np.inf)
+    for value in np.unique(label):
+        inside = label == value
+        if not inside.all():
+            distance[inside] = ndimage.distance_transform_edt(inside, sampling=spacing_mm)[inside]
+    return np.digitize(distance, (1.0, 2.0, 4.0, 8.0))
 
 
 def _without_folders(argument: str) -> str:

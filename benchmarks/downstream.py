@@ -23,7 +23,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import RESULTS, ROOT, machine
+from common import RESULTS, ROOT, edge_bins, machine
 from scipy import ndimage
 from scipy.stats import spearmanr
 
@@ -31,7 +31,6 @@ from custom.phantom import make
 from custom.records import write_json
 from custom.template import label_statistics
 from custom.transforms import VaryContrastd
-from custom.uncertainty import edge_bins
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +52,8 @@ PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
 REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
 FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
 VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
-TRUTH, BY_LABEL = "CAL, confidence from the true error", "CAL, confidence scaled by label alone"
-ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, FILTERED, TRUTH, BY_LABEL, VARIED, DEFORMED_VARIED)
+TRUTH, BY_EDGE = "CAL, confidence from the true error", "CAL, confidence by label and edge distance"
+ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, FILTERED, TRUTH, BY_EDGE, VARIED, DEFORMED_VARIED)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence of `TRUTH` is one half
 CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": 20.0}  # those of training pairs
 LARGE = "mean of the seven large labels"
@@ -150,18 +149,17 @@ def knowing_the_error(
     return result
 
 
-def scaled_by_label(items: Sequence[Mapping[str, Any]], table: Path, folder: Path) -> list[dict[str, Any]]:
-    """The same cases with variances scaled by one tau for each label, whatever the distance to its edge."""
+def scaled_by_edge(items: Sequence[Mapping[str, Any]], table: Path, folder: Path) -> list[dict[str, Any]]:
+    """The same cases with variances scaled by one tau for each label and distance to its edge."""
     tau, result = np.array(json.loads(table.read_text())["tau_hu2"]), []
     for item in items:
         image, label = (nib.load(item[key]) for key in ("confidence", "label"))
         ids = np.asarray(label.dataobj).astype(int)
-        bins = edge_bins(torch.from_numpy(ids.astype(np.float32)), SPACING).numpy()
-        values = np.asarray(image.dataobj, np.float64)
-        exponent = -np.log(values.clip(0.05, 1)) * tau[ids, bins]
-        for k in np.unique(ids):
-            inside = ids == k
-            values[inside] = 0.5 ** (exponent[inside] / max(np.quantile(exponent[inside], 0.9), 1e-6))
+        cells = ids * 5 + edge_bins(ids, SPACING)
+        values = -np.log(np.asarray(image.dataobj, np.float64).clip(0.05, 1)) * tau[ids]
+        for cell in np.unique(cells):
+            inside = cells == cell
+            values[inside] = 0.5 ** (values[inside] / max(np.quantile(values[inside], 0.9), 1e-6))
         target = folder / Path(item["confidence"]).name
         folder.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(values.clip(0.05, 1).astype(np.float32), image.affine), target)
@@ -242,9 +240,12 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, vari
 def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """What each arm is pre-trained on."""
     items = absolute(synthetic[CAL], "training")
-    plain = [{"image": item["image"], "label": item["label"]} for item in items]
-    limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
     deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
+    plain = [{"image": item["image"], "label": item["label"]} for item in items]
+    if not items:
+        logger.warning("%s: the gate kept no synthetic image, so there are no synthetic arms", work)
+        return {DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed]}
+    limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
     truths = {Path(item["label"]).name.split(".")[0]: item["image"] for item in deformed}
     one_case = len(json.loads((work / "real.json").read_text())["training"]) == 1
     sets = {
@@ -253,7 +254,7 @@ def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[d
         FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
         CAL: items,
         SHUFFLED: shuffled(items, work / "shuffled"),
-        BY_LABEL: scaled_by_label(items, work / "models/confidence.json", work / "scaled_by_label"),
+        BY_EDGE: scaled_by_edge(items, work / "models/confidence.json", work / "scaled_by_edge"),
         **({TRUTH: knowing_the_error(items, truths, work / "true_error")} if one_case else {}),
     }
     if VARIED in synthetic:
@@ -406,7 +407,7 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
     """What confidence can tell CAL inside a label, with one real case; writes benchmarks/results/cal_confidence.json.
 
     Printed for each label: Spearman correlation with the true error of 3^3 means, and the 10 and 90 % quantiles of the
-    voxel weights, of the maps as they are and of maps scaled by label alone; the same quantiles of a perfect map.
+    voxel weights, of the maps as they are, of maps scaled by label and edge distance, and of perfect ones.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for draw in draws:
@@ -414,9 +415,7 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
         sets = training_sets(work, {CAL: work / "synthetic/datalist.json"})
         for number in range(cases):
             label = np.asarray(nib.load(sets[CAL][number]["label"]).dataobj).astype(int)
-            maps = {
-                arm: np.asarray(nib.load(sets[arm][number]["confidence"]).dataobj) for arm in (CAL, BY_LABEL, TRUTH)
-            }
+            maps = {arm: np.asarray(nib.load(sets[arm][number]["confidence"]).dataobj) for arm in (CAL, BY_EDGE, TRUTH)}
             for k, name in enumerate(LABEL_NAMES):
                 row, inside = rows.setdefault(name, {}), label == k
                 for arm, values in maps.items():

@@ -21,7 +21,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from common import RESULTS, ROOT, machine, trained_renderer
+from common import RESULTS, ROOT, edge_bins, machine, trained_renderer
 from scipy import ndimage, stats
 
 from custom.diffusion import amplitudes, angle, haar_unpack, pad_to_multiple
@@ -31,7 +31,7 @@ from custom.records import file_hash, write_json
 from custom.residual import from_local, to_local
 from custom.schedulers import ListedDDIMScheduler, spaced_timesteps
 from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
-from custom.uncertainty import RunningVariance, confidence, edge_bins, local_mean, sample_score, tau_table
+from custom.uncertainty import RunningVariance, confidence, local_mean, sample_score, tau_table
 from custom.vessels import anchored, draw, prune, read_tree
 
 logger = logging.getLogger(__name__)
@@ -213,11 +213,11 @@ def case_results(
     truth = item["clean"][0].as_subclass(torch.Tensor)
     error = (local_mean(image[None, None]) - local_mean(truth[None, None]))[0, 0].abs().numpy()
     near = ndimage.distance_transform_edt(label == 0, sampling=SPACING) <= 6
-    bins = edge_bins(torch.from_numpy(label.astype(np.float32)), SPACING)
+    bins = edge_bins(label, SPACING)
     result: dict[str, Any] = {
         "error_hu": float(error[near].mean()),
         "sample_scores_hu": {m: sample_score(s, torch.from_numpy(label.astype(np.float32))) for m, s in rows.items()},
-        "methods": {m: judge(s.numpy()[near], error[near], label[near], bins.numpy()[near]) for m, s in rows.items()},
+        "methods": {m: judge(s.numpy()[near], error[near], label[near], bins[near]) for m, s in rows.items()},
     }
     if fault:
         damaged, missing = planted(label, case)
@@ -231,22 +231,18 @@ def case_results(
         vessel = label == VESSEL
         result["fault_voxels"] = int(missing.sum())
         result["fault_auroc"] = {m: auroc(s.numpy()[vessel], missing[vessel]) for m, s in wrong.items()}
-    arrays = {
-        "variance": rows["predicted variance (default)"],
-        "label": torch.from_numpy(label.astype(np.float32)),
-        "bins": bins,
-    }
+    arrays = {"variance": rows["predicted variance (default)"], "label": torch.from_numpy(label.astype(np.float32))}
     return result | {"arrays": arrays | {"error": torch.from_numpy(error), "near": torch.from_numpy(near)}}
 
 
 def reliability(cases: list[dict[str, torch.Tensor]], calibration: int) -> dict[str, Any]:
     """Confidence with tables from the first cases, on the others: mean error by tenth of confidence."""
-    known = [(c["variance"], c["label"], c["bins"]) for c in cases[:calibration]]
+    known = [(c["variance"], c["label"]) for c in cases[:calibration]]
     tau, _ = tau_table(known, num_labels=NUM_LABELS)
     c_all, e_all = [], []
     for case in cases[calibration:]:
         inside = case["near"]
-        c_all.append(confidence(case["variance"], case["label"], case["bins"], tau)[inside])
+        c_all.append(confidence(case["variance"], case["label"], tau)[inside])
         e_all.append(case["error"][inside])
     c, e = torch.cat(c_all).numpy(), torch.cat(e_all).numpy()
     limits = np.quantile(c, np.linspace(0, 1, 11))

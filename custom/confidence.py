@@ -19,11 +19,11 @@ from custom.checks import LoadVolumesd, check_grid, file_of
 from custom.losses import CALLoss
 from custom.records import content_hash, plain_values, write_json
 from custom.transforms import plain
-from custom.uncertainty import EDGE_BINS_MM, confidence, edge_bins, sample_score, tau_table
+from custom.uncertainty import confidence, sample_score, tau_table
 
 logger = logging.getLogger(__name__)
 
-_VOXELS_OF_A_CELL = 20_000
+_VOXELS_OF_A_LABEL = 50_000
 
 
 class LoadConfidenced(Transform):
@@ -78,17 +78,15 @@ class Confidenced(Transform):
         if not path.is_file():
             raise FileNotFoundError(f"{table}: no confidence table; run calibrate.json with these weights first")
         content = json.loads(path.read_text())
-        wanted = {**plain_values(made_with), "edge_bins_mm": list(EDGE_BINS_MM)}
-        for key, value in wanted.items():
+        for key, value in plain_values(made_with).items():
             if content.get(key) != value:
                 raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
-        self.tau = torch.tensor(content["tau_hu2"])
-        self.spacing_mm, self.c_min = wanted["spacing_mm"], c_min
+        self.tau, self.c_min = torch.tensor(content["tau_hu2"]), c_min
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item."""
         label, variance = plain(data["label"])[0, 0].cpu(), plain(data["variance"])[0, 0].cpu()
-        values = confidence(variance, label, edge_bins(label, self.spacing_mm), self.tau, c_min=self.c_min)
+        values = confidence(variance, label, self.tau, c_min=self.c_min)
         kept = MetaTensor(values[None], meta=data["pred"].meta)
         return {**data, "confidence": kept, "score": sample_score(variance, label)}
 
@@ -96,11 +94,11 @@ class Confidenced(Transform):
 class CalibrateConfidence:
     """Collect variances of rendered held-out masks and write the confidence table.
 
-    At most 20,000 voxels of each label and edge bin are kept of a case, drawn from its file name.
+    At most 50,000 voxels of each label are kept of a case, drawn from its file name.
 
     Args:
         path: JSON file to write.
-        made_with: what the variance depends on, "spacing_mm" among it; goes into the table.
+        made_with: what the variance depends on: weights, spacing and so on; goes into the table.
         num_labels: label ids 0 to num_labels - 1.
         quantile: variance at which confidence is one half.
     """
@@ -108,7 +106,7 @@ class CalibrateConfidence:
     def __init__(self, path: str, *, made_with: Mapping[str, Any], num_labels: int, quantile: float = 0.9) -> None:
         self.path, self.made_with = Path(path), plain_values(made_with)
         self.num_labels, self.quantile = num_labels, quantile
-        self._cases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._cases: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._names: list[str] = []
 
     def attach(self, engine: Engine) -> None:
@@ -117,31 +115,24 @@ class CalibrateConfidence:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def collect(self, engine: Engine) -> None:
-        """Keep variance, label and edge bin of some voxels of each case."""
+        """Keep variance and label of some voxels of each case."""
         variances, labels = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch["label"]  # type: ignore[index]
         for variance, volume in zip(variances, labels, strict=True):
             label = plain(volume)[0, 0].cpu().round().long()
-            bins = edge_bins(label, self.made_with["spacing_mm"])
             name = Path(file_of(volume)).name
             generator = torch.Generator().manual_seed(int(content_hash(name.encode())[:8], 16))
-            cell, kept = (label * (len(EDGE_BINS_MM) + 1) + bins).flatten(), []
-            for index in cell.unique().tolist():
-                voxels = (cell == index).nonzero()[:, 0]
-                kept.append(voxels[torch.randperm(len(voxels), generator=generator)[:_VOXELS_OF_A_CELL]])
+            ids, kept = label.flatten(), []
+            for index in ids.unique().tolist():
+                voxels = (ids == index).nonzero()[:, 0]
+                kept.append(voxels[torch.randperm(len(voxels), generator=generator)[:_VOXELS_OF_A_LABEL]])
             chosen = torch.cat(kept)
-            self._cases.append((variance.flatten()[chosen], label.flatten()[chosen], bins.flatten()[chosen]))
+            self._cases.append((variance.flatten()[chosen], ids[chosen]))
             self._names.append(name)
 
     def write(self, engine: Engine) -> None:
         """Write the table."""
         tau, count = tau_table(self._cases, num_labels=self.num_labels, quantile=self.quantile)
-        content = {
-            "tau_hu2": tau.tolist(),
-            "voxels": count.tolist(),
-            "edge_bins_mm": list(EDGE_BINS_MM),
-            "quantile": self.quantile,
-            "masks": self._names,
-        }
+        content = {"tau_hu2": tau.tolist(), "voxels": count.tolist(), "quantile": self.quantile, "masks": self._names}
         write_json(self.path, {**content, **self.made_with})
         logger.info("confidence table of %d cases: %s", len(self._cases), self.path)
 

@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from math import log
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from custom.diffusion import depth_to_space, haar_unpack
 
 __all__ = [
-    "EDGE_BINS_MM",
     "RunningVariance",
     "confidence",
-    "edge_bins",
     "local_mean",
     "local_mean_variance",
     "sample_score",
@@ -29,8 +26,6 @@ __all__ = [
     "tau_table",
 ]
 
-EDGE_BINS_MM = (1.0, 2.0, 4.0, 8.0)
-"""Limits between bins of the distance to the nearest voxel of another label, mm."""
 _MIN_VOXELS = 20
 _MIN_TAU_HU2 = 1.0
 
@@ -101,99 +96,74 @@ class RunningVariance:
         return self._squares / (self.count - 1)
 
 
-def edge_bins(label: Tensor, spacing_mm: Sequence[float], limits_mm: Sequence[float] = EDGE_BINS_MM) -> Tensor:
-    """Bin of the distance of each voxel to the nearest voxel of another label.
-
-    Args:
-        label: (H, W, D) whole numbers.
-        spacing_mm: voxel size along each axis, mm.
-        limits_mm: ascending limits between the bins.
-
-    Returns:
-        (H, W, D) int64, 0 nearest to an edge; all in the last bin when there is one label only.
-    """
-    distance = torch.full(label.shape, float("inf"))
-    ids = label.round().long()
-    for value in ids.unique().tolist():
-        inside = ids == value
-        if not bool(inside.all()):
-            depth = torch.from_numpy(ndimage.distance_transform_edt(inside.numpy(), sampling=spacing_mm)).float()
-            distance[inside] = depth[inside]
-    return torch.bucketize(distance, torch.tensor(limits_mm, dtype=torch.float32), right=True)
-
-
 def tau_table(
-    cases: Iterable[tuple[Tensor, Tensor, Tensor]], *, num_labels: int, quantile: float = 0.9
+    cases: Iterable[tuple[Tensor, Tensor]], *, num_labels: int, quantile: float = 0.9
 ) -> tuple[Tensor, Tensor]:
-    """Scale of the variance for each label and edge bin, such that confidence is one half at a quantile.
+    """Scale of the variance for each label, such that confidence is one half at a quantile.
+
+    Not for each distance to an edge as well: errors and variances both grow towards edges, and a scale that follows
+    them takes away what orders the errors inside a label (`docs/FINDINGS.md`).
 
     Args:
-        cases: (variance, label, bins) of each case, each (H, W, D).
+        cases: (variance, label) of each case, of one shape.
         num_labels: label ids 0 to num_labels - 1.
-        quantile: in (0, 1), of the variances of a cell over all cases.
+        quantile: in (0, 1), of the variances of a label over all cases.
 
     Returns:
-        tau (num_labels, bins) in HU^2, u_q / ln 2, at least 1 HU^2, and the voxels (num_labels, bins) that it is from.
-        Cells of fewer than 20 voxels take tau of all bins of their label; labels without voxels that of everything.
+        tau (num_labels,) in HU^2, u_q / ln 2, at least 1 HU^2, and the voxels (num_labels,) that it is from. Labels of
+        fewer than 20 voxels take tau of everything.
 
     Raises:
         ValueError: if the quantile is out of range or there is no case.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"quantile must be between 0 and 1, got {quantile}.")
-    cells: dict[int, list[Tensor]] = {}
-    bins_total = len(EDGE_BINS_MM) + 1
-    for variance, label, bins in cases:
-        cell = label.round().long() * bins_total + bins
-        for index in cell.unique().tolist():
-            cells.setdefault(index, []).append(variance[cell == index].double())
-    if not cells:
+    parts: dict[int, list[Tensor]] = {}
+    for variance, label in cases:
+        ids = label.round().long()
+        for index in ids.unique().tolist():
+            parts.setdefault(index, []).append(variance[ids == index].double())
+    if not parts:
         raise ValueError("cases must hold at least one image to calibrate with, got none.")
-    merged = {index: torch.cat(parts) for index, parts in cells.items()}
+    merged = {index: torch.cat(values) for index, values in parts.items()}
 
-    def scale(parts: Sequence[Tensor]) -> float:
-        values = torch.cat(list(parts))
+    def scale(values: Tensor) -> float:
         rank = min(int(quantile * len(values)), len(values) - 1)  # torch.quantile is limited to 2^24 values
         return max(float(values.kthvalue(rank + 1).values) / log(2), _MIN_TAU_HU2)
 
-    everything = scale(list(merged.values()))
-    tau = torch.full((num_labels, bins_total), everything)
-    count = torch.zeros((num_labels, bins_total), dtype=torch.long)
-    for label_id in range(num_labels):
-        own = {b: merged[i] for b in range(bins_total) if (i := label_id * bins_total + b) in merged}
-        if own:
-            tau[label_id] = scale(list(own.values()))
-        for b, values in own.items():
-            count[label_id, b] = len(values)
-            if len(values) >= _MIN_VOXELS:
-                tau[label_id, b] = scale([values])
+    tau = torch.full((num_labels,), scale(torch.cat(list(merged.values()))))
+    count = torch.zeros(num_labels, dtype=torch.long)
+    for index, values in merged.items():
+        count[index] = len(values)
+        if len(values) >= _MIN_VOXELS:
+            tau[index] = scale(values)
     return tau, count
 
 
-def confidence(variance: Tensor, label: Tensor, bins: Tensor, tau: Tensor, *, c_min: float = 0.05) -> Tensor:
-    """Confidence max(c_min, exp(-u / tau)) with tau of the label and edge bin of each voxel.
+def confidence(variance: Tensor, label: Tensor, tau: Tensor, *, c_min: float = 0.05) -> Tensor:
+    """Confidence max(c_min, exp(-u / tau)) with tau of the label of each voxel.
 
     Args:
         variance: u, (H, W, D) in HU^2.
-        label, bins: (H, W, D) whole numbers.
-        tau: (num_labels, bins) in HU^2.
+        label: (H, W, D) whole numbers.
+        tau: (num_labels,) in HU^2.
         c_min: smallest confidence, in [0, 1): no voxel is thrown away.
 
     Returns:
         (H, W, D) in [c_min, 1]; 1 where the variance is 0.
 
     Raises:
-        ValueError: if a label or bin is outside the table, or `c_min` out of range.
+        ValueError: if a label is outside the table, or `c_min` out of range.
     """
     ids = label.round().long()
-    if int(ids.max()) >= tau.shape[0] or int(bins.max()) >= tau.shape[1] or int(ids.min()) < 0:
+    if int(ids.max()) >= len(tau) or int(ids.min()) < 0:
         raise ValueError(
-            f"tau: the table is for labels 0 to {tau.shape[0] - 1} and {tau.shape[1]} bins, got label "
-            f"{int(ids.max())} and bin {int(bins.max())}; calibrate with this label map."
+            f"tau: the table is for labels 0 to {len(tau) - 1}, got labels {int(ids.min())} to {int(ids.max())}; "
+            "calibrate with this label map."
         )
     if not 0 <= c_min < 1:
         raise ValueError(f"c_min must be in [0, 1), got {c_min}.")
-    return (-variance / tau.to(variance)[ids, bins]).exp().clamp(min=c_min)
+    return (-variance / tau.to(variance)[ids]).exp().clamp(min=c_min)
 
 
 def sample_score(variance: Tensor, label: Tensor) -> float:

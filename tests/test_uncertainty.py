@@ -8,18 +8,7 @@ from scipy import ndimage
 
 from custom.diffusion import haar_unpack
 from custom.residual import from_local
-from custom.uncertainty import (
-    EDGE_BINS_MM,
-    RunningVariance,
-    confidence,
-    edge_bins,
-    local_mean,
-    local_mean_variance,
-    sample_score,
-    tau_table,
-)
-
-BINS = len(EDGE_BINS_MM) + 1
+from custom.uncertainty import RunningVariance, confidence, local_mean, local_mean_variance, sample_score, tau_table
 
 
 def variance_of(samples):
@@ -95,47 +84,40 @@ def test_white_noise_of_one_deviation_averages_to_its_27th():
         torch.testing.assert_close(inner, torch.full_like(inner, 9 / 27))
 
 
-def test_edge_bins_are_distances_in_mm():
-    label = torch.zeros(20, 3, 3)
-    label[10:] = 4
-    bins = edge_bins(label, (1.0, 1.0, 1.0))[:, 1, 1]
-    distance = torch.tensor([10 - i if i < 10 else i - 9 for i in range(20)]).float()
-    expected = sum((distance >= limit).long() for limit in EDGE_BINS_MM)
-    assert torch.equal(bins, expected)
-    fine = edge_bins(label, (0.25, 9.0, 9.0))[:, 1, 1]
-    assert torch.equal(fine, sum((0.25 * distance >= limit).long() for limit in EDGE_BINS_MM))
-    assert torch.equal(edge_bins(torch.ones(3, 3, 3), (1, 1, 1)), torch.full((3, 3, 3), BINS - 1))
-
-
-def uniform_cells(variance):
-    return variance, torch.zeros_like(variance), torch.full(variance.shape, 2)
+def one_label(variance):
+    return variance, torch.zeros_like(variance)
 
 
 def test_confidence_is_one_half_at_the_quantile():
     variance = torch.rand(30, 30, 30, generator=torch.Generator().manual_seed(2)) * 1000
-    tau, count = tau_table([uniform_cells(variance)], num_labels=1, quantile=0.9)
-    assert count[0].tolist() == [0, 0, 27000, 0, 0]
-    assert float(tau[0, 2]) == pytest.approx(900 / log(2), rel=0.02)
-    c = confidence(*uniform_cells(variance), tau, c_min=0.0)
+    tau, count = tau_table([one_label(variance)], num_labels=1, quantile=0.9)
+    assert count.tolist() == [27000]
+    assert float(tau[0]) == pytest.approx(900 / log(2), rel=0.02)
+    c = confidence(*one_label(variance), tau, c_min=0.0)
     assert float((c >= 0.5).float().mean()) == pytest.approx(0.9, abs=0.001)
 
 
-def test_each_label_and_bin_has_its_own_scale():
+def test_each_label_has_its_own_scale_over_all_cases():
     label = torch.zeros(40, 10, 10)
     label[20:] = 1
-    bins = edge_bins(label, (1.0, 1.0, 1.0))
-    variance = torch.where(label == 1, 100.0, 10.0) * (1 + bins)
-    tau, _ = tau_table([(variance, label, bins)], num_labels=3, quantile=0.5)
-    for k, base in ((0, 10.0), (1, 100.0)):
-        for b in bins[label == k].unique().tolist():
-            assert float(tau[k, b]) == pytest.approx(base * (1 + b) / log(2), rel=1e-5)
-    assert torch.equal(tau[2], tau[2, :1].expand(BINS))  # never seen: of everything
-    torch.testing.assert_close(confidence(variance, label, bins, tau), torch.full_like(variance, 0.5))
+    variance = torch.where(label == 1, 100.0, 10.0)
+    tau, count = tau_table([(variance, label), (2 * variance, label)], num_labels=3, quantile=0.4)
+    torch.testing.assert_close(tau[:2] * log(2), torch.tensor([10.0, 100.0]))
+    assert float(tau[2]) * log(2) == pytest.approx(20)  # never seen: of everything, 10, 20, 100 and 200 alike
+    assert count.tolist() == [4000, 4000, 0]
+    torch.testing.assert_close(confidence(variance, label, tau), torch.full_like(variance, 0.5))
+
+
+def test_a_label_of_a_few_voxels_takes_the_scale_of_everything():
+    label = torch.zeros(10, 10, 10)
+    label[0, 0] = 1
+    tau, _ = tau_table([(torch.where(label == 1, 9e4, 50.0), label)], num_labels=2, quantile=0.5)
+    torch.testing.assert_close(tau * log(2), torch.tensor([50.0, 50.0]))
 
 
 def test_more_variance_is_less_confidence_within_its_limits():
     variance = torch.tensor([0.0, 1.0, 10.0, 1e9]).view(4, 1, 1)
-    c = confidence(*uniform_cells(variance), torch.full((1, BINS), 10.0), c_min=0.05).flatten()
+    c = confidence(*one_label(variance), torch.tensor([10.0]), c_min=0.05).flatten()
     torch.testing.assert_close(c, torch.tensor([1.0, 0.90484, 0.36788, 0.05]))
 
 
@@ -151,20 +133,12 @@ def test_scores_weigh_labels_alike_and_leave_the_background_out():
     ("call", "message"),
     [
         (lambda: tau_table([], num_labels=1), r"at least one image to calibrate with, got none"),
+        (lambda: tau_table([one_label(torch.ones(2, 2, 2))], num_labels=1, quantile=1.0), r"between 0 and 1, got 1"),
         (
-            lambda: tau_table([uniform_cells(torch.ones(2, 2, 2))], num_labels=1, quantile=1.0),
-            r"between 0 and 1, got 1",
+            lambda: confidence(torch.ones(1, 1, 1), torch.full((1, 1, 1), 3.0), torch.ones(2)),
+            r"the table is for labels 0 to 1, got labels 3 to 3",
         ),
-        (
-            lambda: confidence(
-                torch.ones(1, 1, 1), torch.full((1, 1, 1), 3.0), torch.zeros(1, 1, 1).long(), torch.ones(2, 5)
-            ),
-            r"the table is for labels 0 to 1 and 5 bins, got label 3",
-        ),
-        (
-            lambda: confidence(*uniform_cells(torch.ones(1, 1, 1)), torch.ones(1, BINS), c_min=1.0),
-            r"in \[0, 1\), got 1",
-        ),
+        (lambda: confidence(*one_label(torch.ones(1, 1, 1)), torch.ones(1), c_min=1.0), r"in \[0, 1\), got 1"),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):
