@@ -96,18 +96,24 @@ class VaryContrastd(Transform):
 
     Args:
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
-        label_shift_hu: SD of a further shift of every label; background and texture stay.
+        label_shift_hu: SD of a further shift of every label, or one SD for each label id, background first (that does
+            not count): the contrast of the right heart varies most between patients. Background and texture stay.
         seed: of the draws, which depend on it and the name of the case alone.
         contrast_above_hu: see there.
 
     Raises:
-        ValueError: for a negative deviation.
+        ValueError: for a negative deviation, or another number of deviations than there are labels.
     """
 
     def __init__(
-        self, *, contrast_shift_hu: float, label_shift_hu: float, seed: int, contrast_above_hu: float = 200.0
+        self,
+        *,
+        contrast_shift_hu: float,
+        label_shift_hu: float | Sequence[float],
+        seed: int,
+        contrast_above_hu: float = 200.0,
     ) -> None:
-        if contrast_shift_hu < 0 or label_shift_hu < 0:
+        if contrast_shift_hu < 0 or np.min(label_shift_hu) < 0:
             raise ValueError(
                 f"contrast_shift_hu, label_shift_hu: must not be negative, got {contrast_shift_hu}, {label_shift_hu}"
             )
@@ -118,6 +124,11 @@ class VaryContrastd(Transform):
         """Change the template of one item."""
         rng = np.random.default_rng(int(content_hash(f"contrast {self.seed}:{data['case']}".encode()), 16))
         means = data["statistics"][:, 0]
+        if np.size(self.label_shift_hu) not in (1, len(means)):
+            raise ValueError(
+                f"label_shift_hu: needs one value, or one for each of {len(means)} labels with the background, got "
+                f"{np.size(self.label_shift_hu)}"
+            )
         shift = torch.as_tensor(rng.normal(0, self.label_shift_hu, len(means)), dtype=torch.float32)
         shift = shift + float(rng.normal(0, self.contrast_shift_hu)) * (means > self.contrast_above_hu)
         shift[0] = 0

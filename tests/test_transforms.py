@@ -363,3 +363,16 @@ def test_contrast_shifts_have_the_stated_deviation():
     assert np.std(shifts) == pytest.approx(30, rel=0.15)
     with pytest.raises(ValueError, match="contrast_shift_hu, label_shift_hu: must not be negative"):
         VaryContrastd(contrast_shift_hu=-1.0, label_shift_hu=0.0, seed=0)
+
+
+def test_each_label_may_have_a_deviation_of_its_own():
+    vary = VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[50.0, 0.0, 30.0], seed=0)
+    given, centre = scanned(), (0, 4, 6, 6)
+    changes = [vary(scanned(str(i)))["template_image"] - given["template_image"] for i in range(200)]
+    assert np.std([float(change[centre]) for change in changes]) == pytest.approx(30, rel=0.15)
+    statistics = vary(scanned("0"))["statistics"] - given["statistics"]
+    assert float(statistics[1, 0]) == pytest.approx(0, abs=0.1)
+    with pytest.raises(ValueError, match="label_shift_hu: needs one value, or one for each of 3 labels"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[1.0, 2.0], seed=0)(given)
+    with pytest.raises(ValueError, match="must not be negative"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[0.0, -2.0, 1.0], seed=0)
