@@ -60,15 +60,7 @@ CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": RIGHT_HEART}
 LARGE = "mean of the seven large labels"
 COLUMNS = {
     "mean Dice": "dice",
-    "LV myocardium": "dice LV myocardium",
-    "left atrium": "dice left atrium",
-    "left ventricle": "dice left ventricle",
-    "right atrium": "dice right atrium",
-    "right ventricle": "dice right ventricle",
-    "aorta": "dice aorta",
-    "pulmonary artery": "dice pulmonary artery",
-    "left atrial appendage": "dice left atrial appendage",
-    "pulmonary veins": "dice pulmonary veins",
+    **{name: f"dice {name}" for name in LABEL_NAMES[1:] if name != VESSEL},
     "coronary Dice": f"dice {VESSEL}",
     "coronary clDice": f"cl_dice {VESSEL}",
     "coronary HD95, mm": f"hd95_mm {VESSEL}",
@@ -77,7 +69,7 @@ COLUMNS = {
 }
 
 
-LARGE_LABELS = list(COLUMNS)[1:8]
+LARGE_LABELS = LABEL_NAMES[1:8]
 
 
 def bundle_run(entry: str, bundle: Path, configs: Sequence[str], **options: Any) -> None:
@@ -114,20 +106,24 @@ def absolute(datalist: Path, section: str) -> list[dict[str, Any]]:
     return [{k: str(datalist.parent / v) if k in keys else v for k, v in item.items()} for item in items]
 
 
+def with_confidence(item: Mapping[str, Any], values: np.ndarray, folder: Path) -> dict[str, Any]:
+    """The same case with another confidence map, written to `folder`."""
+    target = folder / Path(item["confidence"]).name
+    folder.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), nib.load(item["confidence"]).affine), target)
+    return {**item, "confidence": str(target)}
+
+
 def shuffled(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The same cases with each confidence map permuted within its labels, and the scores dealt out anew."""
     rng = np.random.default_rng(0)
     scores = rng.permutation([item["score_hu"] for item in items])
     result = []
     for item, score in zip(items, scores, strict=True):
-        confidence, label = nib.load(item["confidence"]), np.asarray(nib.load(item["label"]).dataobj)
-        values = np.asarray(confidence.dataobj).copy()
+        values, label = (np.array(nib.load(item[key]).dataobj) for key in ("confidence", "label"))
         for k in np.unique(label):
             values[label == k] = rng.permutation(values[label == k])
-        target = folder / Path(item["confidence"]).name
-        folder.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(values, confidence.affine), target)
-        result.append({**item, "confidence": str(target), "score_hu": float(score)})
+        result.append({**with_confidence(item, values, folder), "score_hu": float(score)})
     return result
 
 
@@ -143,10 +139,7 @@ def knowing_the_error(
         image, truth = (nib.load(path) for path in (item["image"], truths[Path(item["label"]).name.split("_from_")[0]]))
         error = np.asarray(image.dataobj, np.float32) - np.asarray(truth.dataobj, np.float32)
         values = 1 / (1 + (ndimage.uniform_filter(error, 3) / TRUE_ERROR_HU) ** 2)
-        target = folder / Path(item["confidence"]).name
-        folder.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine), target)
-        result.append({**item, "confidence": str(target)})
+        result.append(with_confidence(item, values, folder))
     return result
 
 
@@ -161,10 +154,7 @@ def scaled_by_edge(items: Sequence[Mapping[str, Any]], table: Path, folder: Path
         for cell in np.unique(cells):
             inside = cells == cell
             values[inside] = 0.5 ** (values[inside] / max(np.quantile(values[inside], 0.9), 1e-6))
-        target = folder / Path(item["confidence"]).name
-        folder.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(values.clip(0.05, 1).astype(np.float32), image.affine), target)
-        result.append({**item, "confidence": str(target)})
+        result.append(with_confidence(item, values.clip(0.05, 1), folder))
     return result
 
 
@@ -238,30 +228,33 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, vari
     return sets | ({VARIED: once(other / "datalist.json", lambda: render(other, **CONTRAST))} if varied else {})
 
 
-def training_sets(work: Path, synthetic: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """What each arm is pre-trained on."""
+def training_sets(work: Path, synthetic: Mapping[str, Path], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What those of `arms` are pre-trained on for which there is something: `synthetic` has the lists by arm."""
     items = absolute(synthetic[CAL], "training")
-    deformed = absolute(work / "masks/datalist.json", "training")[:MASKS]
-    plain = [{"image": item["image"], "label": item["label"]} for item in items]
-    if not items:
-        logger.warning("%s: the gate kept no synthetic image, so there are no synthetic arms", work)
-        return {DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed]}
-    limit = np.quantile([item["score_hu"] for item in items], 1 - WORST_SHARE)
-    truths = {Path(item["label"]).name.split(".")[0]: item["image"] for item in deformed}
+    varied = absolute(synthetic[VARIED], "training") if VARIED in synthetic else []
+    masks = absolute(work / "masks/datalist.json", "training")[:MASKS]
+    plain, deformed = ([{"image": c["image"], "label": c["label"]} for c in cases] for cases in (items, masks))
+    scores = [item["score_hu"] for item in items]
+    truths = {Path(case["label"]).name.split(".")[0]: case["image"] for case in masks}
     one_case = len(json.loads((work / "real.json").read_text())["training"]) == 1
-    sets = {
-        DEFORMED: [{"image": item["image"], "label": item["label"]} for item in deformed],
-        UNWEIGHTED: plain,
-        FILTERED: [p for p, item in zip(plain, items, strict=True) if item["score_hu"] <= limit],
-        CAL: items,
-        SHUFFLED: shuffled(items, work / "shuffled"),
-        BY_EDGE: scaled_by_edge(items, work / "models/confidence.json", work / "scaled_by_edge"),
-        **({TRUTH: knowing_the_error(items, truths, work / "true_error")} if one_case else {}),
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        DEFORMED: lambda: deformed,
+        UNWEIGHTED: lambda: plain,
+        FILTERED: lambda: [
+            p for p, score in zip(plain, scores, strict=True) if score <= np.quantile(scores, 1 - WORST_SHARE)
+        ],
+        CAL: lambda: items,
+        SHUFFLED: lambda: shuffled(items, work / "shuffled"),
+        BY_EDGE: lambda: scaled_by_edge(items, work / "models/confidence.json", work / "scaled_by_edge"),
+        TRUTH: lambda: knowing_the_error(items, truths, work / "true_error") if one_case else [],
+        VARIED: lambda: varied,
+        DEFORMED_VARIED: lambda: with_contrast(deformed, work / "deformed_varied"),
     }
-    if VARIED in synthetic:
-        sets[VARIED] = absolute(synthetic[VARIED], "training")
-        sets[DEFORMED_VARIED] = with_contrast(deformed, work / "deformed_varied")
-    return sets
+    sets = {arm: makers[arm]() for arm in arms if arm in makers}
+    for arm, cases in sets.items():
+        if not cases:
+            logger.warning("%s: nothing to train the arm %r on", work, arm)
+    return {arm: cases for arm, cases in sets.items() if cases}
 
 
 def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, seed: int) -> dict[str, float]:
@@ -376,8 +369,8 @@ def main(
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
             real = draw_of(n, draw, cases["training"])
-            synthetic = synthesize(own, real, draw, varied=bool({VARIED, DEFORMED_VARIED} & {*arms}))
-            sets = training_sets(own, synthetic)
+            synthetic = synthesize(own, real, draw, varied=VARIED in arms)
+            sets = training_sets(own, synthetic, arms)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
                 once(result, lambda: write_json(result, segment(own, arm, sets.get(arm, []), test, draw)))  # noqa: B023
@@ -413,7 +406,7 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
     rows: dict[str, dict[str, list[float]]] = {}
     for draw in draws:
         work = Path(work_dir).resolve() / f"n1_draw{draw}"
-        sets = training_sets(work, {CAL: work / "synthetic/datalist.json"})
+        sets = training_sets(work, {CAL: work / "synthetic/datalist.json"}, (CAL, BY_EDGE, TRUTH))
         for number in range(cases):
             label = np.asarray(nib.load(sets[CAL][number]["label"]).dataobj).astype(int)
             maps = {arm: np.asarray(nib.load(sets[arm][number]["confidence"]).dataobj) for arm in (CAL, BY_EDGE, TRUTH)}

@@ -9,7 +9,6 @@ was trained on it: this shows that what was learned carries over to real voxels,
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -17,13 +16,12 @@ import fire
 import nibabel as nib
 import numpy as np
 from common import PICTURES, RESULTS, machine
-from downstream import SEGMENTER, absolute, bundle_run, listing, once
+from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, once
 from monai.transforms import LoadImage, Orientation
 
 from custom.pictures import save_mask_sheet
 from custom.records import write_json
 
-NAMES = json.loads((SEGMENTER / "configs/train.json").read_text())["label_names"]
 OPTIONS = {"spacing_mm": [2.0, 2.0, 2.0], "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 
 
@@ -70,9 +68,9 @@ def main(data_dir: str, phantoms: str, synthetic: str, work_dir: str = "runs/rea
     once(work / "models/model.pt", train)
     found = once(work / "segmented/image_seg.nii.gz", segment)
     predicted, label = (np.asarray(nib.load(path).dataobj).round().astype(int) for path in (found, truth))
-    label[label >= len(NAMES)] = 0
+    label[label >= len(LABEL_NAMES)] = 0
     dice = {}
-    for k, name in enumerate(NAMES[1:], 1):
+    for k, name in enumerate(LABEL_NAMES[1:], 1):
         both = (predicted == k).sum() + (label == k).sum()
         dice[name] = float(2 * ((predicted == k) & (label == k)).sum() / both) if both else float("nan")
     upright = [
@@ -82,8 +80,8 @@ def main(data_dir: str, phantoms: str, synthetic: str, work_dir: str = "runs/rea
     rows = [
         (title, volume.numpy().round()) for title, volume in zip(("derived labels", "segmented"), upright, strict=True)
     ]
-    rows[0][1][rows[0][1] >= len(NAMES)] = 0
-    save_mask_sheet(PICTURES / "real_segmentation.png", rows, vessel_labels=[NAMES.index("coronary arteries")])
+    rows[0][1][rows[0][1] >= len(LABEL_NAMES)] = 0
+    save_mask_sheet(PICTURES / "real_segmentation.png", rows, vessel_labels=[LABEL_NAMES.index("coronary arteries")])
     write_json(RESULTS / "real_segmentation.json", {"machine": machine(), "synthetic": len(cases), "dice": dice})
     print("| label | Dice |\n|---|---|")
     for name, value in dice.items():

@@ -82,6 +82,8 @@ class Confidenced(Transform):
             if content.get(key) != value:
                 raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
         self.tau, self.c_min = torch.tensor(content["tau_hu2"]), c_min
+        if self.tau.ndim != 1:
+            raise ValueError(f"{table}: was made by an older version, by label and edge distance; calibrate anew")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item."""

@@ -143,7 +143,7 @@ class CALLoss(_WeightedLoss):
     of the logits, g the one-hot label. With the same confidence everywhere and r = 1 it is MONAI's `DiceCELoss`. Not
     its masked losses: they multiply prediction and label by the mask, which squares the weight in the Dice term.
 
-    `gamma` is 0 (all voxels alike) until :class:`custom.handlers.ConfidenceSchedule` raises it to 1.
+    `gamma` is 0 (all voxels alike) until :class:`custom.confidence.ConfidenceSchedule` raises it to 1.
 
     Args:
         weight: (C,) c, at least 0, as in `DiceCELoss`; None: 1 for all.

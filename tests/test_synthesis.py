@@ -198,6 +198,10 @@ def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohor
     torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other/model.pt")
     with fails_with("was made with weights "):
         run(workflow, *CONFIGS, **{**settings, "ckpt_dir": str(tmp_path / "other")}, output_dir=str(tmp_path / "out"))
+    table = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(table | {"tau_hu2": [[tau] * 5 for tau in table["tau_hu2"]]}))
+    with fails_with("was made by an older version, by label and edge distance; calibrate anew"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
