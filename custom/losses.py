@@ -133,6 +133,20 @@ def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int
     return weights.view_as(values)
 
 
+def class_weights(values: Sequence[float], num_labels: int, device: torch.device | None = None) -> torch.Tensor:
+    """Weights of the classes as `DiceCELoss` and :class:`CALLoss` take them: (num_labels,) float32, at least 0.
+
+    Raises:
+        ValueError: unless there is one weight for each label, none is negative and one is positive.
+    """
+    if len(values) != num_labels or min(values) < 0 or max(values) == 0:
+        raise ValueError(
+            f"class_weights: need one weight for each of {num_labels} labels, background included, none negative and "
+            f"not all 0, got {list(values)}"
+        )
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 class CALLoss(_WeightedLoss):
     """Dice and cross-entropy weighted by confidence, for confidence-aware adaptive learning (ours).
 

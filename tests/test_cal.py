@@ -21,7 +21,7 @@ from custom.datalists import pretraining_cases
 from custom.engines import PrepareConfidence
 from custom.handlers import LoadWeights, Resume, load_pretrained
 from custom.logs import LabelTable
-from custom.losses import CALLoss, class_normalised
+from custom.losses import CALLoss, class_normalised, class_weights
 from custom.metrics import MillimetreMetric, TopologyMetric
 from custom.uncertainty import sample_weights
 
@@ -166,6 +166,16 @@ def test_impossible_options_are_refused(options, message):
 def test_class_weights_of_another_number_are_refused(batch):
     with pytest.raises(ValueError, match="weight: needs one value for each of 4 classes, got 3"):
         CALLoss(weight=torch.ones(3))(*batch[:2])
+
+
+@pytest.mark.parametrize("values", [[1, 1], [1, -1, 1], [0, 0, 0]])
+def test_impossible_class_weights_are_refused_before_training(values):
+    with pytest.raises(ValueError, match="class_weights: need one weight for each of 3 labels"):
+        class_weights(values, 3)
+
+
+def test_class_weights_are_those_of_the_list():
+    assert torch.equal(class_weights([0.5, 1, 6], 3), torch.tensor([0.5, 1.0, 6.0]))
 
 
 def test_confidence_of_another_shape_is_refused(batch):

@@ -62,6 +62,12 @@ def test_blocks_that_stand_in_two_configs_agree():
     for block in SHARED_BLOCKS:
         assert train[block] == inference[block], block
     assert inference["num_labels"] == len(train["label_names"])
+    evaluation = json.loads((CONFIGS / "evaluate.json").read_text())
+    written = [step for step in inference["postprocessing"]["transforms"] if step["_target_"] != "SaveImaged"]
+    judged = json.loads(json.dumps(evaluation["validate#postprocessing"]["transforms"]).replace("@validate#", "@"))
+    assert judged == written, "what is judged must be what is written"
+    for block in ("one_piece_labels", "two_piece_labels"):
+        assert evaluation[block] == inference[block], block
 
 
 def test_label_names_and_mapping_are_those_of_the_generator():
@@ -194,14 +200,14 @@ def test_image_label_and_confidence_stay_aligned_in_crops_and_augmentation(seg_w
     assert len(seen) > 3, "the crops must show several labels"
 
 
-def save_threshold(path):
-    """Weights of a 1^3 convolution that calls label 1 what is brighter than THRESHOLD_HU, and a config of it."""
+def save_threshold(path, label=1):
+    """Weights of a 1^3 convolution that gives `label` to what is brighter than THRESHOLD_HU, and a config of it."""
     network = torch.nn.Conv3d(1, 11, 1)
     with torch.no_grad():
         network.weight.zero_()
         network.bias.fill_(-1000.0)
-        network.weight[1] = 40.0
-        network.bias[:2] = torch.tensor([0.0, -40.0 * (THRESHOLD_HU + 200) / 1000])
+        network.weight[label] = 40.0
+        network.bias[[0, label]] = torch.tensor([0.0, -40.0 * (THRESHOLD_HU + 200) / 1000])
     path.mkdir()
     torch.save(network.state_dict(), path / "model.pt")
     return {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 11, "kernel_size": 1}
@@ -232,6 +238,29 @@ def test_segmentation_lies_on_the_grid_of_its_image(seg_workflow, cohort, tmp_pa
     assert 2 * (predicted & expected).sum() / (predicted.sum() + expected.sum()) > 0.97
 
 
+@pytest.mark.parametrize(("label", "pieces"), [(1, 1), (6, 2), (9, 3)])
+def test_stray_pieces_of_chambers_and_aorta_are_dropped(seg_workflow, tmp_path, label, pieces):
+    """Three bright blocks, 8, 6 and 4 voxels wide. The aorta leaves a scan of the heart and comes back: two pieces."""
+    image = np.full((48, 16, 16), -500.0, np.float32)
+    for start, width in ((2, 8), (18, 6), (34, 4)):
+        image[start : start + width, 4 : 4 + width, 4 : 4 + width] = 1000
+    nib.save(nib.Nifti1Image(image, np.diag([2.0, 2, 2, 1])), tmp_path / "image.nii.gz")
+    run = seg_workflow(
+        "inference.json",
+        workflow_type="infer",
+        images=[str(tmp_path / "image.nii.gz")],
+        output_dir=str(tmp_path / "out"),
+        ckpt_dir=str(tmp_path / "models"),
+        network_def=save_threshold(tmp_path / "models", label),
+        spacing_mm=[2.0, 2.0, 2.0],
+    )
+    run.run()
+    found = np.asarray(nib.load(tmp_path / "out/image_seg.nii.gz").dataobj)
+    assert set(np.unique(found)) == {0, label}
+    sizes = [int((part == label).sum()) for part in (found[:14], found[14:30], found[30:])]
+    assert sizes == [512, 216, 64][:pieces] + [0] * (3 - pieces)
+
+
 def test_evaluation_measures_every_label_on_the_grid_of_the_file(seg_workflow, cohort, tmp_path):
     run = seg_workflow(
         "train.json",
@@ -247,7 +276,8 @@ def test_evaluation_measures_every_label_on_the_grid_of_the_file(seg_workflow, c
     assert rows[8]["label"] == "coronary arteries"
     assert 0 <= float(rows[8]["cl_dice"]) <= 1
     image, label = (np.asarray(nib.load(cohort / f"{k}/subject_003.nii.gz").dataobj) for k in ("images", "labels"))
-    predicted, truth = image > THRESHOLD_HU, label == 1
+    parts, _ = ndimage.label(image > THRESHOLD_HU, np.ones((3, 3, 3)))
+    predicted, truth = parts == np.bincount(parts.flat)[1:].argmax() + 1, label == 1  # of label 1, one piece is kept
     dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert float(rows[0]["dice"]) == pytest.approx(dice, abs=0.02)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
