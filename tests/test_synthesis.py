@@ -27,6 +27,8 @@ def options(cohort, weights, folder):
         "ckpt_dir": str(weights),
         "sampling_steps": 2,
         "strides": [2, 3],
+        "contrast_shift_hu": 0.0,
+        "label_shift_hu": 0.0,
         "report#tracking_uri": None,
         "gate#min_vessel_contrast": None,
         "gate#min_vessel_continuity": None,
@@ -60,6 +62,17 @@ def calibrate(workflow, cohort, weights, folder, **overrides):
         "calibrate.json",
         **(options(cohort, weights, folder) | {"mask_datalist": str(cohort / "datalist.json")} | overrides),
     )
+
+
+def test_contrast_varies_in_synthesis_and_not_in_calibration(workflow):
+    """Calibration compares with true images, which are not varied."""
+    varied, truth = (workflow(*CONFIGS, *more, workflow_type="infer").parser for more in ((), ("calibrate.json",)))
+    shifts = varied["label_shift_hu"]
+    assert len(shifts) == len(varied["label_names"])
+    assert shifts[0] == 0, "the background stays"
+    assert min(shifts[1:]) > 0
+    assert varied["contrast_shift_hu"] > 0
+    assert truth["contrast_shift_hu"] == truth["label_shift_hu"] == 0
 
 
 @pytest.mark.parametrize("method", ["predicted_variance", "skip_sampling"])
