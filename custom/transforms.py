@@ -100,6 +100,8 @@ class VaryContrastd(Transform):
             not count): the contrast of the right heart varies most between patients. Background and texture stay.
         seed: of the draws, which depend on it and the name of the case alone.
         contrast_above_hu: see there.
+        plausible_hu: label id -> lowest and highest mean that it can have, HU: shifts beyond are reflected there. A
+            label that starts outside keeps its shift. None: no limits.
 
     Raises:
         ValueError: for a negative deviation, or another number of deviations than there are labels.
@@ -112,6 +114,7 @@ class VaryContrastd(Transform):
         label_shift_hu: float | Sequence[float],
         seed: int,
         contrast_above_hu: float = 200.0,
+        plausible_hu: Mapping[int | str, Sequence[float]] | None = None,
     ) -> None:
         if contrast_shift_hu < 0 or np.min(label_shift_hu) < 0:
             raise ValueError(
@@ -119,6 +122,7 @@ class VaryContrastd(Transform):
             )
         self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
         self.seed, self.contrast_above_hu = seed, contrast_above_hu
+        self.plausible_hu = {int(k): (float(low), float(high)) for k, (low, high) in (plausible_hu or {}).items()}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Change the template of one item."""
@@ -132,6 +136,10 @@ class VaryContrastd(Transform):
         shift = torch.as_tensor(rng.normal(0, self.label_shift_hu, len(means)), dtype=torch.float32)
         shift = shift + float(rng.normal(0, self.contrast_shift_hu)) * (means > self.contrast_above_hu)
         shift[0] = 0
+        for k, (low, high) in self.plausible_hu.items():
+            if low <= means[k] <= high:
+                along = (means[k] + shift[k] - low) % (2 * (high - low))  # up to the highest mean and back again
+                shift[k] = low + torch.minimum(along, 2 * (high - low) - along) - means[k]
         image, label = plain(data["template_image"]), plain(data["template_label"])
         image = image + shift_labels(label, shift)
         statistics = label_statistics(image, label, len(means))

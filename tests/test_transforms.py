@@ -365,6 +365,25 @@ def test_contrast_shifts_have_the_stated_deviation():
         VaryContrastd(contrast_shift_hu=-1.0, label_shift_hu=0.0, seed=0)
 
 
+def test_shifts_are_reflected_where_a_mean_would_be_implausible():
+    """Label 2 has 400 HU, label 1 has 100 HU: a shift of label 2 to 400 + s is folded into 350 to 450."""
+    limits = {"2": [350.0, 450.0], "1": [120.0, 200.0]}
+    free, bound = (
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu=plausible)
+        for plausible in (None, limits)
+    )
+    centres, folded = {1: (0, 10, 6, 6), 2: (0, 4, 6, 6)}, 0
+    for case in map(str, range(40)):
+        wild, kept = free(scanned(case))["template_image"], bound(scanned(case))["template_image"]
+        assert float(kept[centres[1]]) == pytest.approx(float(wild[centres[1]])), "it starts outside its range"
+        drawn, expected = float(wild[centres[2]]), float(wild[centres[2]])
+        while not 350 <= expected <= 450:
+            expected = 700 - expected if expected < 350 else 900 - expected
+        assert float(kept[centres[2]]) == pytest.approx(expected, abs=1e-3)
+        folded += drawn != expected
+    assert folded > 5
+
+
 def test_each_label_may_have_a_deviation_of_its_own():
     vary = VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[50.0, 0.0, 30.0], seed=0)
     given, centre = scanned(), (0, 4, 6, 6)
