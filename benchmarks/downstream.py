@@ -55,8 +55,9 @@ VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied 
 TRUTH, BY_EDGE = "CAL, confidence from the true error", "CAL, confidence by label and edge distance"
 ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, FILTERED, TRUTH, BY_EDGE, VARIED, DEFORMED_VARIED)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence of `TRUTH` is one half
-RIGHT_HEART = [0, 20, 20, 20, 100, 100, 20, 100, 20, 20, 20]  # filled with contrast or not, so it varies most
-CONTRAST = {"contrast_shift_hu": 70.0, "label_shift_hu": RIGHT_HEART}
+SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
+VARYING = {key: SYNTHESIS[key] for key in ("contrast_shift_hu", "label_shift_hu")}
+OF_TEMPLATE = dict.fromkeys(VARYING, 0.0)
 LARGE = "mean of the seven large labels"
 COLUMNS = {
     "mean Dice": "dice",
@@ -160,13 +161,13 @@ def scaled_by_edge(items: Sequence[Mapping[str, Any]], table: Path, folder: Path
 
 def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The same cases, each in a contrast of its own, as `synthesize` varies that of its templates."""
-    result = []
+    vary, result = VaryContrastd(seed=0, plausible_hu=SYNTHESIS["gate"]["hu_ranges"], **VARYING), []
     for item in items:
         image, label = nib.load(item["image"]), np.asarray(nib.load(item["label"]).dataobj)
         volumes = [torch.from_numpy(np.asarray(v, np.float32))[None] for v in (image.dataobj, label)]
         statistics = label_statistics(volumes[0][None], volumes[1][None], int(label.max()) + 1)
         case = {"template_image": volumes[0], "template_label": volumes[1], "statistics": statistics}
-        varied = VaryContrastd(seed=0, **CONTRAST)({**case, "case": Path(item["label"]).name})
+        varied = vary({**case, "case": Path(item["label"]).name})
         target = folder / Path(item["image"]).name
         folder.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(varied["template_image"][0].numpy(), image.affine), target)
@@ -210,7 +211,7 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, vari
             **shared,
         )
 
-    def render(folder: Path, **contrast: float) -> None:
+    def render(folder: Path, contrast: Mapping[str, Any]) -> None:
         chosen = listing(work / "targets.json", masks[:MASKS])
         bundle_run(
             "synthesizing",
@@ -224,8 +225,8 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, vari
 
     once(work / "models/confidence.json", calibrate)
     plain, other = work / "synthetic", work / "synthetic_varied"
-    sets = {CAL: once(plain / "datalist.json", lambda: render(plain))}
-    return sets | ({VARIED: once(other / "datalist.json", lambda: render(other, **CONTRAST))} if varied else {})
+    sets = {CAL: once(plain / "datalist.json", lambda: render(plain, OF_TEMPLATE))}
+    return sets | ({VARIED: once(other / "datalist.json", lambda: render(other, VARYING))} if varied else {})
 
 
 def training_sets(work: Path, synthetic: Mapping[str, Path], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
