@@ -49,12 +49,12 @@ GENERATOR_OPTIONS = {
 SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 PRETRAIN_EPOCHS, TUNE_EPOCHS = 48, 20  # of 16 steps
 PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
-REAL_ONLY, DEFORMED, UNWEIGHTED = "real only", "real deformed by MGM", "synthetic, unweighted"
-FILTERED, CAL, SHUFFLED = "synthetic, worst quarter left out", "CAL", "CAL, shuffled confidence"
-VARIED, DEFORMED_VARIED = "CAL, varied contrast", "real deformed by MGM, varied contrast"
-TRUTH, BY_EDGE = "CAL, confidence from the true error", "CAL, confidence by label and edge distance"
-ARMS = (REAL_ONLY, DEFORMED, UNWEIGHTED, CAL, SHUFFLED, FILTERED, TRUTH, BY_EDGE, VARIED, DEFORMED_VARIED)
-TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence of `TRUTH` is one half
+REAL_ONLY, UNWEIGHTED, CAL = "real only", "synthetic, unweighted", "CAL"
+FILTERED, SHUFFLED = "synthetic, worst quarter left out", "CAL, shuffled confidence"
+DEFORMED, DEFORMED_VARIED = "real deformed by MGM", "real deformed by MGM, varied contrast"
+ONE_CONTRAST = "synthetic, unweighted, contrast not varied"
+ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL)
+TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence that knows them is one half
 SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
 VARYING = {key: SYNTHESIS[key] for key in ("contrast_shift_hu", "label_shift_hu")}
 OF_TEMPLATE = dict.fromkeys(VARYING, 0.0)
@@ -175,8 +175,8 @@ def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict
     return result
 
 
-def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, varied: bool) -> dict[str, Path]:
-    """Generator, masks, table and one or two synthetic sets of one draw; returns the datalists of the sets by arm."""
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> None:
+    """Generator, masks, confidence table and synthetic set of one draw."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 
@@ -224,38 +224,40 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, vari
         )
 
     once(work / "models/confidence.json", calibrate)
-    plain, other = work / "synthetic", work / "synthetic_varied"
-    sets = {CAL: once(plain / "datalist.json", lambda: render(plain, OF_TEMPLATE))}
-    return sets | ({VARIED: once(other / "datalist.json", lambda: render(other, VARYING))} if varied else {})
+    for name, contrast in (("synthetic", VARYING), ("one_contrast", OF_TEMPLATE)):
+        once(work / name / "datalist.json", lambda: render(work / name, contrast))  # noqa: B023
 
 
-def training_sets(work: Path, synthetic: Mapping[str, Path], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What those of `arms` are pre-trained on for which there is something: `synthetic` has the lists by arm."""
-    items = absolute(synthetic[CAL], "training")
-    varied = absolute(synthetic[VARIED], "training") if VARIED in synthetic else []
-    masks = absolute(work / "masks/datalist.json", "training")[:MASKS]
-    plain, deformed = ([{"image": c["image"], "label": c["label"]} for c in cases] for cases in (items, masks))
+def training_sets(work: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What those of `arms` are pre-trained on for which there is something."""
+    items, masks = absolute(work / "synthetic/datalist.json", "training"), deformed_cases(work)
     scores = [item["score_hu"] for item in items]
-    truths = {Path(case["label"]).name.split(".")[0]: case["image"] for case in masks}
-    one_case = len(json.loads((work / "real.json").read_text())["training"]) == 1
     makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        DEFORMED: lambda: deformed,
-        UNWEIGHTED: lambda: plain,
-        FILTERED: lambda: [
-            p for p, score in zip(plain, scores, strict=True) if score <= np.quantile(scores, 1 - WORST_SHARE)
-        ],
-        CAL: lambda: items,
+        DEFORMED: lambda: masks,
+        DEFORMED_VARIED: lambda: with_contrast(masks, work / "deformed_varied"),
+        ONE_CONTRAST: lambda: without_confidence(absolute(work / "one_contrast/datalist.json", "training")),
+        UNWEIGHTED: lambda: without_confidence(items),
+        FILTERED: lambda: without_confidence(
+            [item for item in items if item["score_hu"] <= np.quantile(scores, 1 - WORST_SHARE)]
+        ),
         SHUFFLED: lambda: shuffled(items, work / "shuffled"),
-        BY_EDGE: lambda: scaled_by_edge(items, work / "models/confidence.json", work / "scaled_by_edge"),
-        TRUTH: lambda: knowing_the_error(items, truths, work / "true_error") if one_case else [],
-        VARIED: lambda: varied,
-        DEFORMED_VARIED: lambda: with_contrast(deformed, work / "deformed_varied"),
+        CAL: lambda: items,
     }
     sets = {arm: makers[arm]() for arm in arms if arm in makers}
     for arm, cases in sets.items():
         if not cases:
             logger.warning("%s: nothing to train the arm %r on", work, arm)
     return {arm: cases for arm, cases in sets.items() if cases}
+
+
+def deformed_cases(work: Path) -> list[dict[str, Any]]:
+    """The masks that are rendered, each with the real image deformed in the same way."""
+    return without_confidence(absolute(work / "masks/datalist.json", "training")[:MASKS])
+
+
+def without_confidence(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Image and label alone."""
+    return [{"image": case["image"], "label": case["label"]} for case in cases]
 
 
 def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, seed: int) -> dict[str, float]:
@@ -370,8 +372,8 @@ def main(
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
             real = draw_of(n, draw, cases["training"])
-            synthetic = synthesize(own, real, draw, varied=VARIED in arms)
-            sets = training_sets(own, synthetic, arms)
+            synthesize(own, real, draw)
+            sets = training_sets(own, arms)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
                 once(result, lambda: write_json(result, segment(own, arm, sets.get(arm, []), test, draw)))  # noqa: B023
@@ -401,23 +403,30 @@ def report(work_dir: str | Path) -> None:
 def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1), cases: int = 8) -> None:
     """What confidence can tell CAL inside a label, with one real case; writes benchmarks/results/cal_confidence.json.
 
+    Of synthetic volumes in the contrast of their case, whose true image is known: the case deformed to the same mask.
     Printed for each label: Spearman correlation with the true error of 3^3 means, and the 10 and 90 % quantiles of the
     voxel weights, of the maps as they are, of maps scaled by label and edge distance, and of perfect ones.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for draw in draws:
         work = Path(work_dir).resolve() / f"n1_draw{draw}"
-        sets = training_sets(work, {CAL: work / "synthetic/datalist.json"}, (CAL, BY_EDGE, TRUTH))
+        items = absolute(work / "one_contrast/datalist.json", "training")
+        truths = {Path(case["label"]).name.split(".")[0]: case["image"] for case in deformed_cases(work)}
+        sets = {
+            "by label": items,
+            "by label and edge distance": scaled_by_edge(items, work / "models/confidence.json", work / "by_edge"),
+            "true error": knowing_the_error(items, truths, work / "true_error"),
+        }
         for number in range(cases):
-            label = np.asarray(nib.load(sets[CAL][number]["label"]).dataobj).astype(int)
-            maps = {arm: np.asarray(nib.load(sets[arm][number]["confidence"]).dataobj) for arm in (CAL, BY_EDGE, TRUTH)}
+            label = np.asarray(nib.load(items[number]["label"]).dataobj).astype(int)
+            maps = {name: np.asarray(nib.load(s[number]["confidence"]).dataobj) for name, s in sets.items()}
             for k, name in enumerate(LABEL_NAMES):
                 row, inside = rows.setdefault(name, {}), label == k
-                for arm, values in maps.items():
+                for scale, values in maps.items():
                     c = values[inside]
-                    row.setdefault(f"{arm}: rank correlation", []).append(spearmanr(c, maps[TRUTH][inside])[0])
+                    row.setdefault(f"{scale}: rank correlation", []).append(spearmanr(c, maps["true error"][inside])[0])
                     for q in (0.1, 0.9):
-                        row.setdefault(f"{arm}: weight at {q}", []).append(float(np.quantile(c / c.mean(), q)))
+                        row.setdefault(f"{scale}: weight at {q}", []).append(float(np.quantile(c / c.mean(), q)))
     table = {name: {column: float(np.mean(v)) for column, v in row.items()} for name, row in rows.items()}
     write_json(RESULTS / "cal_confidence.json", {"machine": machine(), "cases": cases * len(draws), "labels": table})
     columns = list(next(iter(table.values())))
