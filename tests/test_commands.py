@@ -149,7 +149,7 @@ def test_commands_of_the_card_run_in_the_folder_of_the_bundle(card, tmp_path):
     make_data(bundle)
     (bundle / "data/synthetic").mkdir()
     cases = json.loads((bundle / "data/synthetic.json").read_text())["training"]
-    cases = [{k: f"../{v}" if isinstance(v, str) else v for k, v in case.items()} for case in cases]
+    cases = [{k: str(bundle / "data" / v) if isinstance(v, str) else v for k, v in case.items()} for case in cases]
     (bundle / "data/synthetic/datalist.json").write_text(json.dumps({"training": cases}))
     for folder, target in (("phantoms", "data"), ("synthetic", "data/synthetic")):
         (bundle / folder).symlink_to(bundle / target)  # what the shipped weights were trained on
