@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, style and types, then the fast tests; --slow adds the slow ones. Needs no GPU, and uses one where there is one.
+# Set-up, style and types, then the fast tests; --slow adds the slow ones. Needs no GPU.
 set -euo pipefail
 usage="usage: bash ci/test.sh [--slow]"
 selection=(-m "not slow")
