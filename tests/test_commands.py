@@ -136,7 +136,7 @@ def test_commands_of_the_guides_run(document, tmp_path):
         assert (root / "runs/demo/synthetic/report.html").is_file()
         assert (root / "dist/structdiff_cardiac.zip").is_file()
     if document == FIVE_CASES:
-        assert (root / "runs/five/segmented/5.nii.gz").is_file()
+        assert (root / "runs/five/segmented/5_seg.nii.gz").is_file()
         assert "three real cases only" in (root / "runs/five/synthetic/report.html").read_text()
 
 
