@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ignite.distributed as idist
@@ -66,6 +67,22 @@ class Previews:
                 self.directory / f"epoch_{engine.state.epoch:04d}.png", self._rows, vessel_labels=self.vessel_labels
             )
         self._rows, self._drawn = [], 0
+
+
+def tracking_store(output_dir: str | os.PathLike) -> str:
+    """URI of the MLflow store `mlflow.db` of an output folder, which is made whole or not at all.
+
+    MLflow takes seconds to make its tables: a process killed meanwhile would leave a store that no later run can open.
+    Processes of a rank above 0 make nothing.
+    """
+    store = Path(output_dir).absolute() / "mlflow.db"
+    if not store.exists() and int(os.environ.get("RANK", 0)) == 0:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=store.parent, prefix=".mlflow_") as folder:
+            unfinished = Path(folder) / store.name
+            mlflow.MlflowClient(f"sqlite:///{unfinished}")
+            unfinished.replace(store)
+    return f"sqlite:///{store}"
 
 
 def log_run(
