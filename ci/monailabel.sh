@@ -4,8 +4,7 @@
 #
 #   bash ci/monailabel.sh [MODEL_PT]
 #
-# MODEL_PT are weights to start with; without them a network is trained for minutes on phantoms, which shows that everything
-# works and nothing else. All files are under runs/monailabel; server.log is what the server said.
+# MODEL_PT are weights to start with, instead of those that the bundle ships. All files are under runs/monailabel; server.log is what the server said.
 set -euo pipefail
 if [ "$#" -gt 1 ] || { [ "$#" -eq 1 ] && [ ! -f "$1" ]; }; then
     echo "usage: bash ci/monailabel.sh [MODEL_PT], a file with weights of the segmentation bundle; got: $*" >&2
@@ -90,19 +89,11 @@ cd "$work" # away from the repository, so that the bundle's own custom/ is used
 mkdir -p "$(dirname "$bundle")"
 cp -r "$root/bundles/structdiff_seg_cal" "$bundle"
 cp -r "$root/custom" "$bundle/custom"
-mkdir -p "$bundle/models"
 
-say "3/4 phantoms and weights"
+say "3/4 phantoms"
 PYTHONPATH="$bundle" "$python" -m custom.phantom make --output_dir "$work/phantoms" --subjects 4 --seed 3 \
     --shape 64,64,64 --spacing_mm 2.25 --validation_fraction 0.25 --test_fraction 0.25
-if [ -z "$weights" ]; then
-    weights="$work/trained/model.pt"
-    [ -f "$weights" ] || "$python" -m monai.bundle run training --config_file "$configs/train.json" \
-        --meta_file "$configs/metadata.json" --logging_file "$configs/logging.conf" --bundle_root "$bundle" \
-        --dataset_dir "$work/phantoms" --output_dir "$work/training" --ckpt_dir "$work/trained" \
-        --max_epochs 4 --val_interval 4 --samples_per_epoch 16 --roi_size "[48,48,48]"
-fi
-cp "$weights" "$bundle/models/model.pt"
+[ -z "$weights" ] || cp "$weights" "$bundle/models/model.pt"
 
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 say "4/4 server: http://127.0.0.1:$port, log in $work/server.log"
