@@ -4,7 +4,8 @@
 #
 #   bash ci/monailabel.sh [MODEL_PT]
 #
-# MODEL_PT are weights to start with, instead of those that the bundle ships. All files are under runs/monailabel; server.log is what the server said.
+# MODEL_PT are weights to start with, instead of those that the bundle ships. All files are under runs/monailabel;
+# server.log is what the server said.
 set -euo pipefail
 if [ "$#" -gt 1 ] || { [ "$#" -eq 1 ] && [ ! -f "$1" ]; }; then
     echo "usage: bash ci/monailabel.sh [MODEL_PT], a file with weights of the segmentation bundle; got: $*" >&2
