@@ -176,7 +176,7 @@ def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict
 
 
 def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> None:
-    """Generator, masks, confidence table and synthetic set of one draw."""
+    """Generator, masks, confidence table and both synthetic sets of one draw."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 

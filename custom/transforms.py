@@ -101,10 +101,12 @@ class VaryContrastd(Transform):
         seed: of the draws, which depend on it and the name of the case alone.
         contrast_above_hu: see there.
         plausible_hu: label id -> lowest and highest mean that it can have, HU: shifts beyond are reflected there. A
-            label that starts outside keeps its shift. None: no limits.
+            label that starts outside keeps its shift; ids that the label map lacks count for nothing, as in the gate.
+            None: no limits.
 
     Raises:
-        ValueError: for a negative deviation, or another number of deviations than there are labels.
+        ValueError: for a negative deviation, a range whose ends are not in order, or another number of deviations than
+            there are labels.
     """
 
     def __init__(
@@ -123,6 +125,9 @@ class VaryContrastd(Transform):
         self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
         self.seed, self.contrast_above_hu = seed, contrast_above_hu
         self.plausible_hu = {int(k): (float(low), float(high)) for k, (low, high) in (plausible_hu or {}).items()}
+        for k, (low, high) in self.plausible_hu.items():
+            if not low < high:
+                raise ValueError(f"plausible_hu: label {k} needs a lowest below its highest mean, got {low} and {high}")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Change the template of one item."""
@@ -137,7 +142,7 @@ class VaryContrastd(Transform):
         shift = shift + float(rng.normal(0, self.contrast_shift_hu)) * (means > self.contrast_above_hu)
         shift[0] = 0
         for k, (low, high) in self.plausible_hu.items():
-            if low <= means[k] <= high:
+            if k < len(means) and low <= means[k] <= high:
                 along = (means[k] + shift[k] - low) % (2 * (high - low))  # up to the highest mean and back again
                 shift[k] = low + torch.minimum(along, 2 * (high - low) - along) - means[k]
         image, label = plain(data["template_image"]), plain(data["template_label"])

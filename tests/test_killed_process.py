@@ -42,11 +42,10 @@ def finish(config: str, run_id: str, overrides: dict) -> float:
 def kill_often(config: str, run_id: str, overrides: dict, seconds: float, check) -> int:
     """Start, kill after a random share of the time a whole run takes, check; say how often it was still running."""
     moments, killed = random.Random(0), 0
-    latest = 0.7 * seconds  # a machine that is less busy by now may be done sooner than the first time
     for _ in range(KILLS):
         process = start(config, run_id, overrides)
         try:
-            process.wait(moments.uniform(min(START_SECONDS, seconds / 2), latest))
+            process.wait(moments.uniform(min(START_SECONDS, seconds / 2), seconds))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -213,24 +213,28 @@ def save_threshold(path, label=1):
     return {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 11, "kernel_size": 1}
 
 
+def segment_by_threshold(seg_workflow, folder, label=1):
+    """What `inference.json` makes of `folder/image.nii.gz` with the network of `save_threshold`."""
+    run = seg_workflow(
+        "inference.json",
+        workflow_type="infer",
+        images=[str(folder / "image.nii.gz")],
+        output_dir=str(folder / "out"),
+        ckpt_dir=str(folder / "models"),
+        network_def=save_threshold(folder / "models", label),
+        spacing_mm=[2.0, 2.0, 2.0],
+    )
+    run.run()
+    return nib.load(folder / "out/image_seg.nii.gz")
+
+
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_segmentation_lies_on_the_grid_of_its_image(seg_workflow, cohort, tmp_path, orientation):
     label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
     blood = ndimage.gaussian_filter(np.isin(label, (2, 3, 4, 5)).astype(np.float32), 1.5)
     image = -500 + 1600 * blood
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
-    network = save_threshold(tmp_path / "models")
-    run = seg_workflow(
-        "inference.json",
-        workflow_type="infer",
-        images=[str(tmp_path / "image.nii.gz")],
-        output_dir=str(tmp_path / "out"),
-        ckpt_dir=str(tmp_path / "models"),
-        network_def=network,
-        spacing_mm=[2.0, 2.0, 2.0],
-    )
-    run.run()
-    found = nib.load(tmp_path / "out/image_seg.nii.gz")
+    found = segment_by_threshold(seg_workflow, tmp_path)
     assert found.shape == label.shape
     assert found.get_data_dtype() == np.uint8
     np.testing.assert_allclose(found.affine, affine, atol=1e-3)
@@ -245,17 +249,7 @@ def test_stray_pieces_of_chambers_and_aorta_are_dropped(seg_workflow, tmp_path, 
     for start, width in ((2, 8), (18, 6), (34, 4)):
         image[start : start + width, 4 : 4 + width, 4 : 4 + width] = 1000
     nib.save(nib.Nifti1Image(image, np.diag([2.0, 2, 2, 1])), tmp_path / "image.nii.gz")
-    run = seg_workflow(
-        "inference.json",
-        workflow_type="infer",
-        images=[str(tmp_path / "image.nii.gz")],
-        output_dir=str(tmp_path / "out"),
-        ckpt_dir=str(tmp_path / "models"),
-        network_def=save_threshold(tmp_path / "models", label),
-        spacing_mm=[2.0, 2.0, 2.0],
-    )
-    run.run()
-    found = np.asarray(nib.load(tmp_path / "out/image_seg.nii.gz").dataobj)
+    found = np.asarray(segment_by_threshold(seg_workflow, tmp_path, label).dataobj)
     assert set(np.unique(found)) == {0, label}
     sizes = [int((part == label).sum()) for part in (found[:14], found[14:30], found[30:])]
     assert sizes == [512, 216, 64][:pieces] + [0] * (3 - pieces)

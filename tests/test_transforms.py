@@ -382,6 +382,9 @@ def test_shifts_are_reflected_where_a_mean_would_be_implausible():
         assert float(kept[centres[2]]) == pytest.approx(expected, abs=1e-3)
         folded += drawn != expected
     assert folded > 5
+    VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu={"7": [0, 1]})(scanned())
+    with pytest.raises(ValueError, match="plausible_hu: label 2 needs a lowest below its highest mean"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu={"2": [450.0, 350.0]})
 
 
 def test_each_label_may_have_a_deviation_of_its_own():
