@@ -175,8 +175,8 @@ def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict
     return result
 
 
-def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> None:
-    """Generator, masks, confidence table and both synthetic sets of one draw."""
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, one_contrast: bool) -> None:
+    """Generator, masks, confidence table and synthetic set of one draw, on request also the set of one contrast."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 
@@ -224,8 +224,9 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int) -> None
         )
 
     once(work / "models/confidence.json", calibrate)
-    for name, contrast in (("synthetic", VARYING), ("one_contrast", OF_TEMPLATE)):
-        once(work / name / "datalist.json", lambda: render(work / name, contrast))  # noqa: B023
+    once(work / "synthetic/datalist.json", lambda: render(work / "synthetic", VARYING))
+    if one_contrast:
+        once(work / "one_contrast/datalist.json", lambda: render(work / "one_contrast", OF_TEMPLATE))
 
 
 def training_sets(work: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -372,7 +373,7 @@ def main(
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
             real = draw_of(n, draw, cases["training"])
-            synthesize(own, real, draw)
+            synthesize(own, real, draw, one_contrast=ONE_CONTRAST in arms)
             sets = training_sets(own, arms)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
