@@ -53,7 +53,8 @@ REAL_ONLY, UNWEIGHTED, CAL = "real only", "synthetic, unweighted", "CAL"
 FILTERED, SHUFFLED = "synthetic, worst quarter left out", "CAL, shuffled confidence"
 DEFORMED, DEFORMED_VARIED = "real deformed by MGM", "real deformed by MGM, varied contrast"
 ONE_CONTRAST = "synthetic, unweighted, contrast not varied"
-ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL)
+KNOWING = "CAL, confidence that knows the error"
+ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, KNOWING)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence that knows them is one half
 SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
 VARYING = {key: SYNTHESIS[key] for key in ("contrast_shift_hu", "label_shift_hu")}
@@ -128,18 +129,12 @@ def shuffled(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str,
     return result
 
 
-def knowing_the_error(
-    items: Sequence[Mapping[str, Any]], truths: Mapping[str, str], folder: Path
-) -> list[dict[str, Any]]:
-    """The same cases with the confidence that knows the error: the upper bound of what any confidence can give.
-
-    With one real case the truth of a synthetic image is that case deformed to the same mask, apart from its noise.
-    """
+def knowing_the_error(items: Sequence[Mapping[str, Any]], truths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """The same cases with the confidence that knows the error: the upper bound of what any confidence can give."""
     result = []
-    for item in items:
-        image, truth = (nib.load(path) for path in (item["image"], truths[Path(item["label"]).name.split("_from_")[0]]))
-        error = np.asarray(image.dataobj, np.float32) - np.asarray(truth.dataobj, np.float32)
-        values = 1 / (1 + (ndimage.uniform_filter(error, 3) / TRUE_ERROR_HU) ** 2)
+    for item, truth in zip(items, truths, strict=True):
+        image, true = (np.asarray(nib.load(path).dataobj, np.float32) for path in (item["image"], truth))
+        values = 1 / (1 + (ndimage.uniform_filter(image - true, 3) / TRUE_ERROR_HU) ** 2)
         result.append(with_confidence(item, values, folder))
     return result
 
@@ -159,20 +154,46 @@ def scaled_by_edge(items: Sequence[Mapping[str, Any]], table: Path, folder: Path
     return result
 
 
-def with_contrast(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The same cases, each in a contrast of its own, as `synthesize` varies that of its templates."""
-    vary, result = VaryContrastd(seed=0, plausible_hu=SYNTHESIS["gate"]["hu_ranges"], **VARYING), []
+def pair_of(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Image, label and label statistics of a case, named as those of a template."""
+    volumes = (np.asarray(nib.load(item[key]).dataobj, np.float32)[None] for key in ("image", "label"))
+    image, label = map(torch.from_numpy, volumes)
+    statistics = label_statistics(image[None], label[None], len(LABEL_NAMES))
+    return {"template_image": image, "template_label": label, "statistics": statistics}
+
+
+def in_contrast(item: Mapping[str, Any], folder: Path, *, case: str, seed: int, **template: Any) -> dict[str, str]:
+    """The same case, its image in the contrast that `synthesize` draws for `case` and a template of its statistics."""
+    vary = VaryContrastd(seed=seed, plausible_hu=SYNTHESIS["gate"]["hu_ranges"], **VARYING)
+    image = vary({**pair_of(item), **template, "case": case})["template_image"]
+    target = folder / Path(item["image"]).name
+    folder.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(image[0].numpy(), nib.load(item["image"]).affine), target)
+    return {"image": str(target), "label": item["label"]}
+
+
+def stem(path: str) -> str:
+    """File name without what follows the first dot."""
+    return Path(path).name.split(".")[0]
+
+
+def true_images(work: Path, items: Sequence[Mapping[str, Any]], seed: int | None) -> list[str]:
+    """What the generator should have rendered, with one real case: that case deformed to the same mask.
+
+    In the contrast that was drawn with `seed`, None: in its own. Grain differs from that of a rendering.
+    """
+    real = absolute(work / "real.json", "training")
+    if len(real) != 1:
+        raise ValueError(f"{work}: the true image of a rendering is known with one real case, not with {len(real)}")
+    deformed, statistics = {stem(c["label"]): c["image"] for c in deformed_cases(work)}, pair_of(real[0])["statistics"]
+    truths = []
     for item in items:
-        image, label = nib.load(item["image"]), np.asarray(nib.load(item["label"]).dataobj)
-        volumes = [torch.from_numpy(np.asarray(v, np.float32))[None] for v in (image.dataobj, label)]
-        statistics = label_statistics(volumes[0][None], volumes[1][None], int(label.max()) + 1)
-        case = {"template_image": volumes[0], "template_label": volumes[1], "statistics": statistics}
-        varied = vary({**case, "case": Path(item["label"]).name})
-        target = folder / Path(item["image"]).name
-        folder.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(varied["template_image"][0].numpy(), image.affine), target)
-        result.append({"image": str(target), "label": item["label"]})
-    return result
+        name = stem(item["label"])
+        pair = {"image": deformed[name.split("_from_")[0]], "label": item["label"]}
+        if seed is not None:
+            pair = in_contrast(pair, work / "truths", case=name, seed=seed, statistics=statistics)
+        truths.append(pair["image"])
+    return truths
 
 
 def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, one_contrast: bool) -> None:
@@ -229,13 +250,15 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, one_
         once(work / "one_contrast/datalist.json", lambda: render(work / "one_contrast", OF_TEMPLATE))
 
 
-def training_sets(work: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def training_sets(work: Path, arms: Sequence[str], seed: int) -> dict[str, list[dict[str, Any]]]:
     """What those of `arms` are pre-trained on for which there is something."""
     items, masks = absolute(work / "synthetic/datalist.json", "training"), deformed_cases(work)
     scores = [item["score_hu"] for item in items]
     makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         DEFORMED: lambda: masks,
-        DEFORMED_VARIED: lambda: with_contrast(masks, work / "deformed_varied"),
+        DEFORMED_VARIED: lambda: [
+            in_contrast(case, work / "deformed_varied", case=Path(case["label"]).name, seed=0) for case in masks
+        ],
         ONE_CONTRAST: lambda: without_confidence(absolute(work / "one_contrast/datalist.json", "training")),
         UNWEIGHTED: lambda: without_confidence(items),
         FILTERED: lambda: without_confidence(
@@ -243,6 +266,7 @@ def training_sets(work: Path, arms: Sequence[str]) -> dict[str, list[dict[str, A
         ),
         SHUFFLED: lambda: shuffled(items, work / "shuffled"),
         CAL: lambda: items,
+        KNOWING: lambda: knowing_the_error(items, true_images(work, items, seed), work / "true_error"),
     }
     sets = {arm: makers[arm]() for arm in arms if arm in makers}
     for arm, cases in sets.items():
@@ -374,7 +398,7 @@ def main(
             own = work / f"n{n}_draw{draw}"
             real = draw_of(n, draw, cases["training"])
             synthesize(own, real, draw, one_contrast=ONE_CONTRAST in arms)
-            sets = training_sets(own, arms)
+            sets = training_sets(own, arms, draw)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"
                 once(result, lambda: write_json(result, segment(own, arm, sets.get(arm, []), test, draw)))  # noqa: B023
@@ -412,11 +436,11 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
     for draw in draws:
         work = Path(work_dir).resolve() / f"n1_draw{draw}"
         items = absolute(work / "one_contrast/datalist.json", "training")
-        truths = {Path(case["label"]).name.split(".")[0]: case["image"] for case in deformed_cases(work)}
+        truths = true_images(work, items, None)
         sets = {
             "by label": items,
             "by label and edge distance": scaled_by_edge(items, work / "models/confidence.json", work / "by_edge"),
-            "true error": knowing_the_error(items, truths, work / "true_error"),
+            "true error": knowing_the_error(items, truths, work / "true_error_one_contrast"),
         }
         for number in range(cases):
             label = np.asarray(nib.load(items[number]["label"]).dataobj).astype(int)
