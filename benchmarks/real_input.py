@@ -3,7 +3,7 @@
     bash ci/real_input.sh ../shared/data runs/real_input
     D=runs/real_input; python benchmarks/real_input.py --data_dir ../shared/data --ckpt_dir $D/models --work_dir $D
 
-Targets: the Visible Human heart, and the CTA's own mask deformed. There is no true image of either, so everything is
+Targets: the Visible Human heart, if it is there, and the CTA's own mask deformed. There is no true image of either, so everything is
 measured against the template: label means, vessel contrast, grain, and the step across the outline of its own heart.
 """
 
@@ -106,7 +106,7 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     pair = {"image": str(data / "real_cta/image.nii.gz"), "label": str(data / "real_cta/label_derived.nii.gz")}
     deformed = deformed_mask(Path(pair["label"]), work / "cta_deformed.nii.gz")
-    masks = [str(data / "visible_human_heart_F/label_1mm.nii.gz"), str(deformed)]
+    masks = [str(m) for m in (data / "visible_human_heart_F/label_1mm.nii.gz", deformed) if m.exists()]
     parser = trained_renderer(ckpt_dir, target_masks=masks, templates=[pair], output_dir=str(work / "rendered"))
     network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
     preprocessing = parser.get_parsed_content("preprocessing")

@@ -3,7 +3,8 @@
 #
 #   bash ci/real_input.sh DATA_DIR [OUTPUT_DIR]
 #
-# DATA_DIR must hold real_cta/image.nii.gz (CT in HU) and real_cta/label_derived.nii.gz (label map on its grid).
+# DATA_DIR must hold real_cta/image.nii.gz (CT in HU) and real_cta/label_derived.nii.gz (label map on its grid). The
+# mask of another anatomy, visible_human_heart_F/label_1mm.nii.gz, is rendered as well where there is one.
 # OUTPUT_DIR is runs/real_input when absent. Started again it goes on where it stopped.
 # The pair is trained on: what is measured is how well one known case is rendered, not how well a new one would be.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""`custom/` has three layers whose imports only go down: maths, parts, adapters (DESIGN.md section 9)."""
+"""`custom/` has three layers whose imports only go down: maths, parts, adapters (the tree in README.md)."""
 
 from __future__ import annotations
 
