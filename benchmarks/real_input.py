@@ -3,8 +3,9 @@
     bash ci/real_input.sh ../shared/data runs/real_input
     D=runs/real_input; python benchmarks/real_input.py --data_dir ../shared/data --ckpt_dir $D/models --work_dir $D
 
-Targets: the Visible Human heart, if it is there, and the CTA's own mask deformed. There is no true image of either, so everything is
-measured against the template: label means, vessel contrast, grain, and the step across the outline of its own heart.
+Targets: the Visible Human heart, if it is there, and the CTA's own mask deformed. There is no true image of either, so
+everything is measured against the template: label means, vessel contrast, grain, and the step across the outline of its
+own heart.
 """
 
 from __future__ import annotations

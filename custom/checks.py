@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nibabel.orientations import io_orientation
 
 import custom
 
-_AFFINE_TOLERANCE_MM = 1e-2
+_GRID_TOLERANCE_VOXELS = 0.1
 
 
 def check_version(*, needed: str) -> None:
@@ -46,13 +47,16 @@ def check_grid(first: Any, second: Any) -> None:
     Raises:
         ValueError: naming both files and what differs.
     """
-    sizes, difference = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0
-    if isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
-        difference = float((first.affine - second.affine).abs().max())
-    if sizes[0] != sizes[1] or difference > _AFFINE_TOLERANCE_MM:
+    sizes, apart, voxel = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0, 1.0
+    if sizes[0] == sizes[1] and isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
+        corners = torch.tensor(list(product(*((0.0, n - 1.0) for n in sizes[0])))).double()
+        difference = (first.affine - second.affine).double()
+        apart = float((corners @ difference[:3, :3].T + difference[:3, 3]).norm(dim=1).max())
+        voxel = float(first.pixdim.min())
+    if sizes[0] != sizes[1] or not apart <= _GRID_TOLERANCE_VOXELS * voxel:
         raise ValueError(
             f"{file_of(first)} and {file_of(second)}: they must share one grid, got sizes {sizes[0]} and "
-            f"{sizes[1]} and affines that differ by up to {difference:g} mm; resample the second"
+            f"{sizes[1]} and affines that put a corner {apart:.3g} mm apart; resample the second"
         )
 
 

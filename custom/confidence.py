@@ -30,7 +30,7 @@ class LoadConfidenced(Transform):
     """Read `confidence` of a case on the grid of its `label`; a case without one is trusted everywhere.
 
     Raises:
-        ValueError: naming the file, when it is on another grid, or not between 0 and 1.
+        ValueError: naming the file, when it is on another grid, not between 0 and 1, or has several channels.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,10 @@ class LoadConfidenced(Transform):
         if not (low >= 0 and high <= 1):  # also refuses NaN
             raise ValueError(
                 f"{file_of(item['confidence'])}: confidence must lie between 0 and 1, got {low:g} to {high:g}"
+            )
+        if len(item["confidence"]) != 1:
+            raise ValueError(
+                f"{file_of(item['confidence'])}: confidence must be one volume, got {len(item['confidence'])} channels"
             )
         check_grid(item["label"], item["confidence"])
         return item

@@ -36,6 +36,22 @@ def case_name(path: str) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
+def _refuse(item: Mapping[str, Any], key: str, rule: str, source: str) -> None:
+    raise ValueError(f"{source}: {key} must be {rule}, got {item[key]!r} in {dict(item)}; leave out what there is not")
+
+
+def _file(item: Mapping[str, Any], key: str, source: str) -> str:
+    if not isinstance(item[key], str):
+        _refuse(item, key, "the name of a file", source)
+    return str(item[key])
+
+
+def _number(item: Mapping[str, Any], key: str, source: str) -> float:
+    if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
+        _refuse(item, key, "a number, at least 0", source)
+    return float(item[key])
+
+
 def load_cases(
     datalists: Sequence[str] | str,
     section: Sequence[str] | str,
@@ -43,6 +59,7 @@ def load_cases(
     limit: int | None = None,
     extras: Sequence[str] = (),
     extra_files: Sequence[str] = (),
+    check: bool = True,
 ) -> list[dict[str, Any]]:
     """Read cases from decathlon-style datalists; relative paths are relative to their datalist.
 
@@ -53,6 +70,7 @@ def load_cases(
         limit: at most so many cases of each list.
         extras: further entries to keep as they are, where a case has them.
         extra_files: further files to keep as absolute paths, where a case has them.
+        check: whether to look for the files; false where :func:`check_files` looks for those of several lists at once.
 
     Returns:
         one dictionary a case: `keys` as absolute paths, `case` (name of its label file) and `weight`.
@@ -77,13 +95,17 @@ def load_cases(
             absent = [key for key in keys if key not in item]
             if absent:
                 raise ValueError(f"{datalist}: a case of {name!r} has no {absent}; every case needs {list(keys)}")
-            own = [key for key in extra_files if key in item]
-            files = {key: os.path.join(base, item[key]) for key in [*keys, *own]}
+            own = [*keys, *(key for key in extra_files if key in item)]
+            files = {key: os.path.join(base, _file(item, key, datalist)) for key in own}
             more = {key: item[key] for key in extras if key in item}
-            cases.append({**files, **more, "case": case_name(item["label"]), "weight": float(item.get("weight", 1.0))})
+            weight = _number({"weight": 1.0, **item}, "weight", datalist)
+            cases.append({**files, **more, "case": case_name(item["label"]), "weight": weight})
     if not cases:
         raise ValueError(f"{datalists}: no case in section {section!r}; check the section names")
-    check_files(cases, str(datalists))
+    if not any(case["weight"] for case in cases):
+        raise ValueError(f"{datalists}: weight is 0 for all cases of section {section!r}: none would ever be drawn")
+    if check:
+        check_files(cases, str(datalists))
     return cases
 
 
@@ -131,16 +153,22 @@ def pending(cases: Sequence[dict[str, Any]], output_dir: str, suffix: str = ".ni
 
 
 def pretraining_cases(
-    datalists: Sequence[str] | str, section: str, *, real_datalists: Sequence[str] | str = (), real_share: float = 0.25
+    datalists: Sequence[str] | str,
+    section: str,
+    *,
+    real_datalists: Sequence[str] | str = (),
+    real_share: float = 0.25,
+    check: bool = True,
 ) -> list[dict[str, Any]]:
     """Synthetic cases with their confidence and sample weight, and real ones among them.
 
     Args:
         datalists: of synthetic cases, as `synthesize.json` writes them. `confidence` (a file) and `score_hu` are
-            optional: a case without confidence is trusted everywhere, one without score weighs the mean; said once.
+            optional: a case without confidence is trusted everywhere, one without score weighs 1; said once.
         section: of both kinds of datalists.
         real_datalists: of real cases, trusted everywhere; empty for none.
         real_share: share of the samples that are drawn from the real cases, when there are any.
+        check: as in :func:`load_cases`.
 
     Returns:
         `image`, `label`, `case`, `weight` (of drawing), `sample_weight` (in the loss; mean 1), and `confidence` where
@@ -152,16 +180,20 @@ def pretraining_cases(
     """
     if not 0 < real_share < 1:
         raise ValueError(f"real_share: must be between 0 and 1, got {real_share}; give no real_datalists for none")
-    cases = load_cases(datalists, section, extras=["score_hu"], extra_files=["confidence"])
+    cases = load_cases(datalists, section, extras=["score_hu"], extra_files=["confidence"], check=False)
     for key in ("confidence", "score_hu"):
         without = sum(key not in case for case in cases)
         if without:
             logger.warning("%d of %d synthetic cases have no %s: they count as 1", without, len(cases), key)
-    scores = [float(case.pop("score_hu", "nan")) for case in cases]
-    cases = [{**case, "sample_weight": r} for case, r in zip(cases, sample_weights(scores), strict=True)]
-    if not real_datalists:
-        return cases
-    real = load_cases(real_datalists, section)
-    synthetic_total, real_total = (sum(case["weight"] for case in part) for part in (cases, real))
-    factor = real_share / (1 - real_share) * synthetic_total / real_total
-    return cases + [{**case, "weight": factor * case["weight"], "sample_weight": 1.0} for case in real]
+    scores = [_number(case, "score_hu", str(datalists)) if "score_hu" in case else float("nan") for case in cases]
+    for case, weight in zip(cases, sample_weights(scores), strict=True):
+        case["sample_weight"] = weight
+        case.pop("score_hu", None)
+    if real_datalists:
+        real = load_cases(real_datalists, section, check=False)
+        synthetic_total, real_total = (sum(case["weight"] for case in part) for part in (cases, real))
+        factor = real_share / (1 - real_share) * synthetic_total / real_total
+        cases += [{**case, "weight": factor * case["weight"], "sample_weight": 1.0} for case in real]
+    if check:
+        check_files(cases, ", ".join(map(str, (datalists, real_datalists))))
+    return cases

@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,14 @@ def declared(handler: Any) -> Any:
     return handler
 
 
+UNREADABLE = (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)  # by torch, or another network
+
+
+def last_line(error: Exception) -> str:
+    """The most telling line of an error of torch."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 def save_atomically(content: Any, path: Path) -> None:
     """`torch.save` to a neighbour, then move it in place; an error leaves no part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,15 +117,26 @@ class Resume:
         objects: name -> object with `state_dict` and `load_state_dict`.
         path: of the one checkpoint file.
         device: where to load to.
+        options: numbers and texts that a run must repeat to be continued: others would be ignored, since what they
+            set is part of the state.
         forget_when_done: remove the file at the end of a run, so that the next one is another training; else a finished
             run stays finished.
+
+    Raises:
+        ValueError: when the file is of a run with other options or another network, or damaged.
     """
 
     def __init__(
-        self, objects: dict[str, Any], path: str, device: torch.device, *, forget_when_done: bool = False
+        self,
+        objects: dict[str, Any],
+        path: str,
+        device: torch.device,
+        *,
+        options: Mapping[str, Any] | None = None,
+        forget_when_done: bool = False,
     ) -> None:
         self.objects, self.path, self.forget_when_done = objects, Path(path), forget_when_done
-        self.places = {"cpu": str(device), "cuda:0": str(device)}
+        self.options, self.places = dict(options or {}), {"cpu": str(device), "cuda:0": str(device)}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, before handlers that look at whether it was resumed."""
@@ -127,16 +146,34 @@ class Resume:
         """Load the checkpoint, if any, and begin to save."""
         state = {**self.objects, "trainer": engine}
         if self.path.exists():
-            CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.places)(engine)
+            self._load(engine, state)
             logger.info("resumed from %s at epoch %d", self.path, engine.state.epoch)
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save, state)
             if self.forget_when_done:
                 engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
 
+    def _load(self, engine: Engine, state: dict[str, Any]) -> None:
+        remedy = "repeat that run's options to go on with it; to start anew delete the file or set another output_dir"
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True).get("options", {})
+            changed = {
+                key: (saved[key], value) for key, value in self.options.items() if saved.get(key, value) != value
+            }
+            if not changed:
+                CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.places)(engine)
+        except (*UNREADABLE, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: this interrupted run cannot be continued ({last_line(error)}); {remedy}"
+            ) from error
+        if changed:
+            words = ", ".join(f"{key} {before}, now {now}" for key, (before, now) in changed.items())
+            raise ValueError(f"{self.path}: is of an interrupted run with {words}; {remedy}")
+
     def save(self, engine: Engine, state: dict[str, Any]) -> None:
         """Write the checkpoint."""
-        save_atomically({name: part.state_dict() for name, part in state.items()}, self.path)
+        content = {name: part.state_dict() for name, part in state.items()}
+        save_atomically({**content, "options": self.options}, self.path)
 
 
 class WeightAverage(EMAHandler):
@@ -201,10 +238,9 @@ class LoadWeights:
             )
         try:
             self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        except UNREADABLE as error:
             raise ValueError(
-                f"{self.path}: these are not weights of the configured network ({detail}); "
+                f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
                 "use the `network_def` (preset) they were trained with"
             ) from error
 
@@ -290,3 +326,26 @@ class KeepBest:
         self.best = score
         save_atomically(self.model.state_dict(), self.path)
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
+
+
+class KeepLast:
+    """Write the weights at the end of a training, atomically; one that fails or is interrupted writes nothing.
+
+    MONAI's `CheckpointSaver` with `save_final` would also write those of a training that failed.
+
+    Args:
+        model: whose state dict is written.
+        path: file to write.
+    """
+
+    def __init__(self, model: torch.nn.Module, path: str) -> None:
+        self.model, self.path = model, Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights."""
+        if idist.get_rank() == 0:
+            save_atomically(self.model.state_dict(), self.path)

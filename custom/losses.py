@@ -107,7 +107,9 @@ class StructDiffLoss(_Loss):
 
 
 def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int, largest: float) -> torch.Tensor:
-    """Weights of mean 1 in every class of every sample: w = m / mean(m), m = min(values / mean(values), largest). Ours.
+    """Weights of mean 1 in every class of every sample, in proportion to the values, but none far above the rest. Ours.
+
+        w = v / mean(v);  while a w exceeds the limit: v = min(max(w, 0.001), largest)
 
     Nearly every voxel of a coronary lies at an edge, where confidence is low: normalised over the volume, the weights
     would take loss away from the very class that has too little of it.
@@ -116,7 +118,7 @@ def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int
         values: (B, 1, H, W, D), not negative; their scale does not matter.
         label: (B, 1, H, W, D) ids, 0 to num_classes - 1.
         num_classes: of the label map.
-        largest: limit of a voxel in units of its class's mean, before the last normalisation.
+        largest: limit of a voxel in units of its class's mean; kept to 5 %.
 
     Returns:
         (B, 1, H, W, D) float32. A class of zeros only says nothing about its voxels: they all get 1.
@@ -125,24 +127,27 @@ def class_normalised(values: torch.Tensor, label: torch.Tensor, num_classes: int
     index, weights = index.flatten(), values.float().flatten()
     total = len(label) * num_classes
     count = torch.bincount(index, minlength=total).clamp(min=1)
-    for limit in (largest, float("inf")):
+    while True:
         sums = torch.zeros(total, dtype=torch.float64, device=weights.device)  # float32 loses digits over many voxels
         mean = sums.index_add_(0, index, weights.double()) / count
         scale = torch.where(mean > 0, 1 / mean, 0.0).float()
-        weights = torch.where(mean[index] > 0, weights * scale[index], 1.0).clamp(max=limit)
-    return weights.view_as(values)
+        weights = torch.where(mean[index] > 0, weights * scale[index], 1.0)
+        if not weights.max() > 1.05 * largest:
+            return weights.view_as(values)
+        weights = weights.clamp(1e-3, largest)  # where nearly all is 0, the little rest must rise for the mean to be 1
 
 
 def class_weights(values: Sequence[float], num_labels: int, device: torch.device | None = None) -> torch.Tensor:
-    """Weights of the classes as `DiceCELoss` and :class:`CALLoss` take them: (num_labels,) float32, at least 0.
+    """Weights of the classes as `DiceCELoss` and :class:`CALLoss` take them: (num_labels,) float32, above 0.
 
     Raises:
-        ValueError: unless there is one weight for each label, none is negative and one is positive.
+        ValueError: unless there is one weight for each label, all above 0: a crop that shows no other class than one
+            of weight 0 would have a loss of 0 / 0.
     """
-    if len(values) != num_labels or min(values) < 0 or max(values) == 0:
+    if len(values) != num_labels or not min(values) > 0:
         raise ValueError(
-            f"class_weights: need one weight for each of {num_labels} labels, background included, none negative and "
-            f"not all 0, got {list(values)}"
+            f"class_weights: need one weight for each of {num_labels} labels, background included, all above 0, got "
+            f"{list(values)}"
         )
     return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -160,7 +165,7 @@ class CALLoss(_WeightedLoss):
     `gamma` is 0 (all voxels alike) until :class:`custom.confidence.ConfidenceSchedule` raises it to 1.
 
     Args:
-        weight: (C,) c, at least 0, as in `DiceCELoss`; None: 1 for all.
+        weight: (C,) c as in `DiceCELoss`, whose loss is NaN, too, for volumes of a class of weight 0 alone; None: 1.
         gamma: exponent of the confidence.
         largest_weight: see :func:`class_normalised`.
         cl_dice_weight: l, factor of MONAI's `SoftclDiceLoss` of the thin labels; 0 leaves it out.

@@ -183,7 +183,7 @@ def sample_weights(scores: Sequence[float]) -> list[float]:
     the median.
 
     Args:
-        scores: at least 0; NaN (no score) counts as the median.
+        scores: at least 0; NaN (no score) weighs 1.
 
     Returns:
         one weight each; all 1 when the scores are alike, all are 0 or none is known.
@@ -197,6 +197,6 @@ def sample_weights(scores: Sequence[float]) -> list[float]:
     median = float(known.median()) if len(known) else 0.0
     if median == 0:
         return [1.0] * len(scores)
-    weights = [1 / (1 + (s if s == s else median) / median) for s in scores]
-    mean = sum(weights) / len(weights)
-    return [w / mean for w in weights]
+    weights = 1 / (1 + known / median)
+    rest = iter((weights / weights.mean()).tolist())
+    return [next(rest) if s == s else 1.0 for s in scores]

@@ -174,15 +174,27 @@ def test_pairs_at_different_places_are_refused_with_both_affines():
     moved = spaced(1, 1, 1)
     moved[0, 3] = 5
     with pytest.raises(
-        ValueError, match=r"ct\.nii\.gz and /data/mask\.nii\.gz: .* affines that differ by up to 5 mm; resample"
+        ValueError, match=r"ct\.nii\.gz and /data/mask\.nii\.gz: .* affines that put a corner 5 mm apart; resample"
     ):
         check(label=mask(affine=moved), grids=[["image", "label"]])
 
 
-def test_affines_within_a_hundredth_of_a_millimetre_are_one_grid():
-    moved = spaced(1, 1, 1)
-    moved[0, 3] = 0.009
-    check(label=mask(affine=moved), grids=[["image", "label"]])
+def test_affines_within_a_tenth_of_a_voxel_are_one_grid():
+    moved = spaced(0.5, 1, 1)
+    moved[0, 3] = 0.04
+    check(image=ct(affine=spaced(0.5, 1, 1)), label=mask(affine=moved), grids=[["image", "label"]])
+    moved[0, 3] = 0.06
+    with pytest.raises(ValueError, match=r"affines that put a corner 0\.06 mm apart"):
+        check(image=ct(affine=spaced(0.5, 1, 1)), label=mask(affine=moved), grids=[["image", "label"]])
+
+
+def test_a_small_turn_or_spacing_that_moves_the_far_corner_is_another_grid():
+    angle, turned, stretched = np.deg2rad(3), spaced(1, 1, 1), spaced(1, 1, 1)
+    turned[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    stretched[2, 2] = 1.03  # 6 voxels from the first
+    for affine, apart in ((turned, 2 * np.hypot(5, 4) * np.sin(angle / 2)), (stretched, 0.18)):
+        with pytest.raises(ValueError, match=f"affines that put a corner {apart:.3g} mm apart"):
+            check(label=mask(affine=affine), grids=[["image", "label"]])
 
 
 def test_only_the_declared_pairs_must_share_a_grid():

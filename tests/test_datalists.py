@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from custom.datalists import case_name, check_files, load_cases, pending, rendering_cases
+from custom.datalists import case_name, check_files, load_cases, pending, pretraining_cases, rendering_cases
 
 
 @pytest.fixture
@@ -104,6 +104,30 @@ def test_malformed_datalist_is_named_even_beside_a_good_one(folder, content):
 def test_case_without_a_key_is_refused_with_list_section_and_key(folder):
     path = write(folder / "partial.json", training=[{"image": "c.nii"}])
     with pytest.raises(ValueError, match=r"partial\.json: a case of 'training' has no \['label'\]"):
+        load_cases(path, "training")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image": None}, r"odd\.json: image must be the name of a file, got None"),
+        ({"confidence": 3}, r"odd\.json: confidence must be the name of a file, got 3"),
+        ({"weight": -1}, r"odd\.json: weight must be a number, at least 0, got -1"),
+        ({"weight": True}, r"odd\.json: weight must be a number, at least 0, got True"),
+        ({"score_hu": None}, r"odd\.json: score_hu must be a number, at least 0, got None"),
+        ({"score_hu": -0.5}, r"odd\.json: score_hu must be a number, at least 0, got -0\.5"),
+    ],
+)
+def test_odd_entries_are_refused_with_list_case_and_rule(folder, entry, message):
+    path = write(folder / "odd.json", training=[{"image": "c.nii", "label": "d.nii", **entry}])
+    with pytest.raises(ValueError, match=message) as caught:
+        pretraining_cases(path, "training")
+    assert "d.nii" in str(caught.value)
+
+
+def test_a_section_that_would_never_be_drawn_is_refused(folder):
+    path = write(folder / "never.json", training=[{"image": "c.nii", "label": "d.nii", "weight": 0}])
+    with pytest.raises(ValueError, match=r"never\.json: weight is 0 for all cases of section 'training'"):
         load_cases(path, "training")
 
 

@@ -251,14 +251,14 @@ def test_a_resumed_run_knows_the_best_score_so_far(tmp_path):
 class Run:
     """Three iterations an epoch of a trainer whose every weight is a history of its draws."""
 
-    def __init__(self, path, average=True):
+    def __init__(self, path, options=None):
         torch.manual_seed(0)
         self.model = torch.nn.Linear(3, 1)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = WeightAverage(self.model, momentum=0.002)
         self.trainer = Engine(self.step)
         objects = {"network": self.model, "ema": self.ema.ema_model, "optimizer": self.optimizer}
-        Resume(objects, str(path), CPU).attach(self.trainer)
+        Resume(objects, str(path), CPU, options=options).attach(self.trainer)
         SeedEachEpoch(0, Compose([])).attach(self.trainer)
         self.ema.attach(self.trainer)
         self.epochs = []
@@ -292,6 +292,25 @@ def test_a_killed_run_resumes_to_the_same_weights_and_average(tmp_path):
     for mine, theirs in zip(resumed.weights(), whole.weights(), strict=True):
         assert torch.equal(mine, theirs)
     assert not torch.equal(whole.weights()[0], whole.weights()[2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "interrupted run cannot be continued"),
+        (lambda path: torch.save({"network": {}}, path), "interrupted run cannot be continued"),
+        (lambda path: None, "is of an interrupted run with rate 0.1, now 0.2"),
+    ],
+    ids=["cut short", "of another network", "of other options"],
+)
+def test_a_checkpoint_of_something_else_is_refused_with_file_and_remedy(tmp_path, spoil, message):
+    path = tmp_path / "run.pt"
+    Run(path, options={"rate": 0.1}).trainer.run(range(3), max_epochs=1)
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        Run(path, options={"rate": 0.2}).trainer.run(range(3), max_epochs=2)
+    assert str(path) in str(caught.value)
+    assert "delete the file or set another output_dir" in str(caught.value)
 
 
 def test_a_finished_run_started_again_trains_no_more(tmp_path):

@@ -139,6 +139,27 @@ def test_without_validation_cases_the_last_weights_are_kept(seg_workflow, cohort
     assert all(torch.equal(network[key].cpu(), value) for key, value in kept.items())
 
 
+def test_a_training_shorter_than_its_validation_interval_is_validated_at_its_end(seg_workflow, cohort, tmp_path):
+    options = places(tmp_path, max_epochs=1, val_interval=5)
+    seg_workflow("train.json", dataset_dir=str(cohort), **options).run()
+    assert (tmp_path / "models/model.pt").exists()
+
+
+def test_an_interrupted_run_is_not_continued_with_other_options(seg_workflow, cohort, tmp_path):
+    def start(**options):
+        return seg_workflow("train.json", dataset_dir=str(cohort), **places(tmp_path, **options))
+
+    def kill(engine):
+        raise KeyboardInterrupt
+
+    broken = start()
+    broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), kill)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    with fails_with("resume.pt: is of an interrupted run with max_epochs 2, now 7"):
+        start(max_epochs=7).run()
+
+
 def test_training_stops_when_validation_no_longer_improves(seg_workflow, cohort, tmp_path):
     options = places(tmp_path, learning_rate=0.0, patience=2, max_epochs=9)
     run = seg_workflow("train.json", dataset_dir=str(cohort), **options)
@@ -240,6 +261,31 @@ def test_segmentation_lies_on_the_grid_of_its_image(seg_workflow, cohort, tmp_pa
     np.testing.assert_allclose(found.affine, affine, atol=1e-3)
     predicted, expected = np.asarray(found.dataobj) == 1, image > THRESHOLD_HU
     assert 2 * (predicted & expected).sum() / (predicted.sum() + expected.sum()) > 0.97
+
+
+def test_images_of_one_name_in_different_folders_keep_their_own_segmentation(seg_workflow, tmp_path):
+    images = []
+    for name, value in (("a", -500.0), ("b", 1000.0)):
+        (tmp_path / name).mkdir()
+        images.append(str(tmp_path / name / "ct.nii.gz"))
+        nib.save(nib.Nifti1Image(np.full((9, 9, 9), value, np.float32), np.diag([2.0, 2, 2, 1])), images[-1])
+    seg_workflow(
+        "inference.json",
+        workflow_type="infer",
+        images=images,
+        output_dir=str(tmp_path / "out"),
+        ckpt_dir=str(tmp_path / "models"),
+        network_def=save_threshold(tmp_path / "models"),
+    ).run()
+    for name, label in (("a", 0), ("b", 1)):
+        found = np.asarray(nib.load(tmp_path / f"out/{name}/ct_seg.nii.gz").dataobj)
+        assert np.unique(found).tolist() == [label]
+
+
+def test_nothing_to_segment_is_said(seg_workflow, tmp_path):
+    run = seg_workflow("inference.json", workflow_type="infer", dataset_dir=str(tmp_path), ckpt_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match="no image to segment: set `images`"):
+        run.run()
 
 
 @pytest.mark.parametrize(("label", "pieces"), [(1, 1), (6, 2), (9, 3)])
