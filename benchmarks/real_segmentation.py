@@ -22,7 +22,7 @@ from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, on
 from monai.transforms import LoadImage, Orientation
 
 from custom.pictures import save_mask_sheet
-from custom.records import write_json
+from custom.records import file_hash, write_json
 
 OPTIONS = {"spacing_mm": [2.0, 2.0, 2.0], "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 
@@ -75,7 +75,8 @@ def main(data_dir: str, phantoms: str, synthetic: str, work_dir: str = "runs/rea
 
     once(work / "models/model.pt", train)
     found = segment(work / "segmented", work / "models", **OPTIONS)
-    shipped = segment(work / "segmented_shipped", SEGMENTER / "models")
+    of_weights = f"segmented_shipped_{file_hash(str(SEGMENTER / 'models/model.pt'))[:8]}"  # those may be trained anew
+    shipped = segment(work / of_weights, SEGMENTER / "models")
     dice, dice_shipped = (label_dice(path, truth) for path in (found, shipped))
     upright = [
         Orientation(axcodes="RAS", labels=None)(LoadImage(ensure_channel_first=True)(path))[0]

@@ -218,8 +218,8 @@ class MillimetreMetric(CumulativeIterationMetric):
         metric: `HausdorffDistanceMetric` or `SurfaceDiceMetric` without background.
         num_classes: of the label map, background included.
 
-    The aggregate is the mean over cases and labels where it is defined: a label that prediction or truth lacks has no
-    surface and counts as NaN; its Dice tells.
+    The aggregate is the mean over cases and labels where it is defined. A label that both maps lack is NaN; one that
+    a single map lacks has no distance (NaN), and a surface Dice of 0.
     """
 
     def __init__(self, metric: HausdorffDistanceMetric | SurfaceDiceMetric, num_classes: int) -> None:
