@@ -1,4 +1,4 @@
-"""Which stock network, and which learning rate, learns most from few cases in little time on a CPU?
+"""Which stock network learns most from few cases in little time on a CPU?
 
     python benchmarks/segmenters.py --work_dir runs/segmenters
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, bundle_run, listin
 
 from custom.records import write_json
 
-EPOCHS, TRAINING, TEST = 20, 4, 8  # epochs of 16 steps
+EPOCHS, TRAINING, TEST = 60, 4, 8  # epochs of 16 steps
 NETWORKS: dict[str, dict[str, Any]] = {
     "SegResNet, 8 filters": {
         "_target_": "SegResNet",
@@ -45,12 +46,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "res_block": True,
     },
 }
-ARMS = [(name, rate) for rate in (0.004, 0.001) for name in NETWORKS]
 
 
-def arm(work: Path, name: str, rate: float, training: str, test: str) -> dict[str, float]:
-    """Train and test one arm."""
-    folder = work / f"{name.split(',')[0]}_{rate}"
+def arm(work: Path, name: str, training: str, test: str) -> dict[str, float]:
+    """Train and test one network."""
+    folder = work / name.split(",")[0]
     options = {k: v for k, v in SEGMENTER_OPTIONS.items() if not k.startswith("network_def")}
     shared = {"ckpt_dir": folder / "models", "network_def": NETWORKS[name], "seed": 0, **options}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -59,7 +59,6 @@ def arm(work: Path, name: str, rate: float, training: str, test: str) -> dict[st
         SEGMENTER,
         ["train.json"],
         datalists=[training],
-        learning_rate=rate,
         max_epochs=EPOCHS,
         output_dir=folder / "training",
         **{"validate#dataset#data": []},
@@ -83,16 +82,22 @@ def arm(work: Path, name: str, rate: float, training: str, test: str) -> dict[st
     }
 
 
-def main(work_dir: str = "runs/segmenters") -> None:
-    """Run what is missing, print the table and write benchmarks/results/segmenters.json."""
+def main(work_dir: str = "runs/segmenters", networks: Sequence[str] = tuple(NETWORKS)) -> None:
+    """Run what is missing; when all is there, print the table and write benchmarks/results/segmenters.json.
+
+    Args:
+        work_dir: cache of everything.
+        networks: those to run, some of `NETWORKS`; several processes may take different ones.
+    """
     work = Path(work_dir).resolve()
     cases = phantoms(work, seed=900, training=TRAINING, test=TEST)
     training, test = (listing(work / f"{name}.json", cases[name], (name,)) for name in ("training", "test"))
-    runs = {}
-    for name, rate in ARMS:
-        result = work / f"{name}, {rate:g}.json"
-        once(result, lambda: write_json(result, arm(work, name, rate, training, test)))  # noqa: B023
-        runs[f"{name}, rate {rate:g}"] = json.loads(result.read_text())
+    results = {name: work / f"{name}.json" for name in NETWORKS}
+    for name in networks:
+        once(results[name], lambda: write_json(results[name], arm(work, name, training, test)))  # noqa: B023
+    if not all(path.exists() for path in results.values()):
+        return
+    runs = {name: json.loads(path.read_text()) for name, path in results.items()}
     write_json(RESULTS / "segmenters.json", {"machine": machine(), "steps": EPOCHS * 16, "runs": runs})
     columns = list(next(iter(runs.values())))
     print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
