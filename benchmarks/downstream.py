@@ -49,12 +49,13 @@ GENERATOR_OPTIONS = {
 SEGMENTER_OPTIONS = {"spacing_mm": SPACING, "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 PRETRAIN_EPOCHS, TUNE_EPOCHS = 48, 20  # of 16 steps
 PRETRAIN_RATE, TUNE_RATE = 0.004, 0.002
+REAL_SHARE = 0.5  # of the samples of an arm with real cases mixed in
 REAL_ONLY, UNWEIGHTED, CAL = "real only", "synthetic, unweighted", "CAL"
 FILTERED, SHUFFLED = "synthetic, worst quarter left out", "CAL, shuffled confidence"
 DEFORMED, DEFORMED_VARIED = "real deformed by MGM", "real deformed by MGM, varied contrast"
 ONE_CONTRAST = "synthetic, unweighted, contrast not varied"
-KNOWING = "CAL, confidence that knows the error"
-ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, KNOWING)
+MIXED, KNOWING = "CAL, real cases mixed in", "CAL, confidence that knows the error"
+ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, MIXED, KNOWING)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence that knows them is one half
 SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
 VARYING = {key: SYNTHESIS[key] for key in ("contrast_shift_hu", "label_shift_hu")}
@@ -264,6 +265,7 @@ def training_sets(work: Path, arms: Sequence[str], seed: int) -> dict[str, list[
         ),
         SHUFFLED: lambda: shuffled(items, work / "shuffled"),
         CAL: lambda: items,
+        MIXED: lambda: items,
     }
     if len(absolute(work / "real.json", "training")) == 1:  # of several, the true image of a rendering is not known
         makers[KNOWING] = lambda: knowing_the_error(items, true_images(work, items, seed), work / "true_error")
@@ -306,6 +308,8 @@ def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, 
             warmup_epochs=4,
             ramp_epochs=6,
             output_dir=folder / "pretraining",
+            real_datalists=[str(work / "real.json")] if arm == MIXED else [],
+            real_share=REAL_SHARE,
             **common,
         )
 
