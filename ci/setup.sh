@@ -12,6 +12,7 @@ fi
     exit 1
 }
 "$python_bin" -m venv .venv
+rm -f .venv/structdiff-*    # stamps of other pins, which no longer hold
 # torch before monai: resolved together, pip would take the newest build with all its CUDA packages.
 .venv/bin/pip install --quiet torch==2.13.0
 .venv/bin/pip install --quiet --constraint ci/constraints.txt --editable ".[test,format]"

@@ -20,6 +20,7 @@ from monai.handlers import CheckpointLoader
 from custom.diffusion import haar_pack, pad_to_multiple
 from custom.engines import PrepareResidualDiffusion
 from custom.networks import StructDiffUNet
+from custom.records import replace_file
 from custom.residual import GAUSSIAN, MIN_SIGMA, ResidualMoments, label_edges, to_local
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,8 @@ def last_line(error: Exception) -> str:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a neighbour, then move it in place; an error leaves no part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """`torch.save` to a hidden neighbour, then move it in place; an error leaves no part of it."""
+    replace_file(path, lambda part: torch.save(content, part))
 
 
 class Resume:

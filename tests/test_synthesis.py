@@ -64,6 +64,14 @@ def calibrate(workflow, cohort, weights, folder, **overrides):
     )
 
 
+def test_a_gate_that_names_few_limits_leaves_the_drawn_contrast_without_ranges(workflow):
+    few, default = (
+        workflow(*CONFIGS, workflow_type="infer", **more).parser for more in ({"gate": {"max_score_hu": 40}}, {})
+    )
+    assert few.get_parsed_content("plausible_hu") == {}
+    assert default.get_parsed_content("plausible_hu") == default.get("gate")["hu_ranges"] != {}
+
+
 def test_contrast_varies_in_synthesis_and_not_in_calibration(workflow):
     """Calibration compares with true images, which are not varied."""
     varied, truth = (workflow(*CONFIGS, *more, workflow_type="infer").parser for more in ((), ("calibrate.json",)))
