@@ -27,6 +27,7 @@ from common import RESULTS, ROOT, edge_bins, machine
 from scipy import ndimage
 from scipy.stats import spearmanr
 
+from custom.datalists import case_name
 from custom.phantom import make
 from custom.records import write_json
 from custom.template import label_statistics
@@ -173,21 +174,19 @@ def in_contrast(item: Mapping[str, Any], folder: Path, *, case: str, seed: int, 
     return {"image": str(target), "label": item["label"]}
 
 
-def stem(path: str) -> str:
-    """File name without what follows the first dot."""
-    return Path(path).name.split(".")[0]
-
-
 def true_images(work: Path, items: Sequence[Mapping[str, Any]], seed: int | None) -> list[str]:
     """What the generator should have rendered, with one real case: that case deformed to the same mask.
 
     In the contrast that was drawn with `seed`, None: in its own. Grain differs from that of a rendering.
     """
     (real,) = absolute(work / "real.json", "training")
-    deformed, statistics = {stem(c["label"]): c["image"] for c in deformed_cases(work)}, pair_of(real)["statistics"]
+    deformed, statistics = (
+        {case_name(c["label"]): c["image"] for c in deformed_cases(work)},
+        pair_of(real)["statistics"],
+    )
     truths = []
     for item in items:
-        name = stem(item["label"])
+        name = case_name(item["label"])
         pair = {"image": deformed[name.split("_from_")[0]], "label": item["label"]}
         if seed is not None:
             pair = in_contrast(pair, work / "truths", case=name, seed=seed, statistics=statistics)

@@ -195,5 +195,5 @@ def pretraining_cases(
         factor = real_share / (1 - real_share) * synthetic_total / real_total
         cases += [{**case, "weight": factor * case["weight"], "sample_weight": 1.0} for case in real]
     if check:
-        check_files(cases, ", ".join(map(str, (datalists, real_datalists))))
+        check_files(cases, " and ".join(str(lists) for lists in (datalists, real_datalists) if lists))
     return cases

@@ -142,13 +142,14 @@ class MetricsTable:
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [r for r in csv.DictReader(file) if int(r["epoch"]) < row["epoch"]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*rows, row])
-        os.replace(temporary, self.path)
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows([*rows, row])
+
+        replace_file(self.path, write)
 
 
 class LabelTable:

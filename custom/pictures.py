@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from custom.records import replace_file
+
 WINDOW_HU = (-250.0, 650.0)
 _COLOURS = matplotlib.colormaps["tab20"]
 
@@ -130,10 +132,7 @@ def ranges_png(groups: Mapping[str, Mapping[str, np.ndarray]], *, name: str) -> 
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=80)
-    os.replace(temporary, path)
+    replace_file(Path(path), lambda part: figure.savefig(part, dpi=80))
 
 
 def save_sheet(
