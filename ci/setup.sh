@@ -7,8 +7,8 @@ stamp=".venv/structdiff-$(cat pyproject.toml ci/constraints.txt ci/setup.sh | sh
 if [ -f "$stamp" ]; then
     exit 0
 fi
-"$python_bin" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
-    echo "ci/setup.sh: Python 3.11 or 3.12 is needed, $("$python_bin" --version) found; set PYTHON=/path/to/python3.11" >&2
+"$python_bin" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "ci/setup.sh: Python 3.10 to 3.13 is needed, $("$python_bin" --version) found; set PYTHON=/path/to/python3.11" >&2
     exit 1
 }
 "$python_bin" -m venv .venv
