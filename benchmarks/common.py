@@ -14,7 +14,7 @@ import torch
 from monai.bundle import ConfigParser
 from scipy import ndimage
 
-from custom.handlers import LoadWeights
+from custom.runs.weights import LoadWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

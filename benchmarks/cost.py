@@ -22,8 +22,8 @@ from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionMo
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from custom.networks import CONTEXT_CHANNELS, StructDiffUNet
-from custom.records import write_json
+from custom.diffusion.network import CONTEXT_CHANNELS, StructDiffUNet
+from custom.runs.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -27,11 +27,11 @@ from common import RESULTS, ROOT, edge_bins, machine
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from custom.datalists import case_name
-from custom.phantom import make
-from custom.records import write_json
-from custom.template import label_statistics
-from custom.transforms import VaryContrastd
+from custom.diffusion.transforms import VaryContrastd
+from custom.phantom.cohort import make
+from custom.runs.files import write_json
+from custom.volumes.cases import case_name
+from custom.volumes.intensity import label_statistics
 
 logger = logging.getLogger(__name__)
 

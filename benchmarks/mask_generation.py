@@ -31,18 +31,18 @@ from monai.bundle import ConfigParser
 from monai.transforms import Rand3DElastic
 from scipy import ndimage
 
-from custom.acceptance import wall_thickness_mm
-from custom.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample
-from custom.mask_generation import MaskGenerator, Motion
-from custom.mask_preparation import dice, signed_distance
-from custom.mask_reference import Reference, register_neighbour
-from custom.mask_transforms import by_number
-from custom.phantom import make_subject
-from custom.pictures import save_mask_sheet
-from custom.records import write_json
-from custom.shape_model import carry_points
-from custom.topology import betti_numbers, components_touching, contact_areas
-from custom.vessels import read_tree, tree_length_mm
+from custom.geometry.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample
+from custom.geometry.topology import betti_numbers, components_touching, contact_areas
+from custom.geometry.vessels import read_tree, tree_length_mm
+from custom.masks.gate import wall_thickness_mm
+from custom.masks.generator import MaskGenerator, Motion
+from custom.masks.motion import carry_points
+from custom.masks.preparation import dice, signed_distance
+from custom.masks.reference import Reference, register_neighbour
+from custom.masks.transforms import by_number
+from custom.phantom.cohort import make_subject
+from custom.runs.files import write_json
+from custom.volumes.pictures import save_mask_sheet
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ import torch
 from common import PICTURES, RESULTS, machine, trained_renderer
 from scipy import ndimage
 
-from custom.deformation import exponentiate, random_velocity, warp_labels
-from custom.metrics import texture_correlation
-from custom.pictures import save_sheet
-from custom.records import write_json
-from custom.template import label_statistics, noise_sd
+from custom.evaluation.rendering import texture_correlation
+from custom.geometry.deformation import exponentiate, random_velocity, warp_labels
+from custom.runs.files import write_json
+from custom.volumes.intensity import label_statistics, noise_sd
+from custom.volumes.pictures import save_sheet
 
 CUBE = np.ones((3, 3, 3), dtype=bool)
 LABELS, VESSEL, CHAMBERS = list(range(1, 8)), 9, [2, 3, 4, 5]

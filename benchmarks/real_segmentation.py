@@ -21,8 +21,8 @@ from common import PICTURES, RESULTS, machine
 from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, once
 from monai.transforms import LoadImage, Orientation
 
-from custom.pictures import save_mask_sheet
-from custom.records import file_hash, write_json
+from custom.runs.files import file_hash, write_json
+from custom.volumes.pictures import save_mask_sheet
 
 OPTIONS = {"spacing_mm": [2.0, 2.0, 2.0], "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 

@@ -28,9 +28,9 @@ from monai.bundle import ConfigParser
 from monai.losses import DiceCELoss
 from scipy import ndimage
 
-from custom.losses import CALLoss
-from custom.phantom import make_subject
-from custom.records import write_json
+from custom.phantom.cohort import make_subject
+from custom.runs.files import write_json
+from custom.segmentation.loss import CALLoss
 
 BUNDLE = ROOT / "bundles/structdiff_seg_cal"
 SIZE, FIELD_MM, LABELS = 256, 144.0, 11

@@ -19,7 +19,7 @@ import torch
 from common import RESULTS, machine
 from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, bundle_run, listing, once, phantoms
 
-from custom.records import write_json
+from custom.runs.files import write_json
 
 EPOCHS, TRAINING, TEST = 60, 4, 8  # epochs of 16 steps
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ import numpy as np
 from common import RESULTS, TRAIN_CONFIG, machine
 from monai.bundle import ConfigParser
 
-from custom.datalists import load_cases
-from custom.metrics import texture_correlation
-from custom.records import write_json
+from custom.evaluation.rendering import texture_correlation
+from custom.runs.files import write_json
+from custom.volumes.cases import load_cases
 
 CONFIGS = TRAIN_CONFIG.parent
 

@@ -24,15 +24,19 @@ import torch
 from common import RESULTS, ROOT, edge_bins, machine, trained_renderer
 from scipy import ndimage, stats
 
-from custom.diffusion import amplitudes, angle, haar_unpack, pad_to_multiple
-from custom.inferers import PredictedVarianceInferer, SkipSamplingInferer, StructDiffInferer, case_noise
-from custom.phantom import make_subject
-from custom.records import file_hash, write_json
-from custom.residual import from_local, to_local
-from custom.schedulers import ListedDDIMScheduler, spaced_timesteps
-from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
-from custom.uncertainty import RunningVariance, confidence, local_mean, sample_score, tau_table
-from custom.vessels import anchored, draw, prune, read_tree
+from custom.confidence.inferers import PredictedVarianceInferer, SkipSamplingInferer
+from custom.confidence.table import tau_table
+from custom.confidence.variance import RunningVariance, confidence, local_mean, sample_score
+from custom.diffusion.formulas import amplitudes, angle
+from custom.diffusion.moments import from_local, to_local
+from custom.diffusion.sampler import StructDiffInferer, case_noise
+from custom.diffusion.schedule import ListedDDIMScheduler, spaced_timesteps
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.geometry.vessels import anchored, draw, prune, read_tree
+from custom.phantom.cohort import make_subject
+from custom.runs.files import file_hash, write_json
+from custom.volumes.grids import pad_to_multiple
+from custom.volumes.haar import haar_unpack
 
 logger = logging.getLogger(__name__)
 

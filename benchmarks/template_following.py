@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from common import PICTURES, RESULTS, machine, trained_renderer
 
-from custom.phantom import make_subject
-from custom.pictures import save_sheet
-from custom.records import write_json
-from custom.template import label_statistics
-from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.phantom.cohort import make_subject
+from custom.runs.files import write_json
+from custom.volumes.intensity import label_statistics
+from custom.volumes.pictures import save_sheet
 
 LABELS = [1, 2, 3, 4, 5, 6, 7]
 BLOOD, MUSCLE, VESSEL = [2, 3, 4, 5, 6, 7, 8, 10], 1, 9

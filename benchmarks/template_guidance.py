@@ -22,14 +22,14 @@ from common import RESULTS, ROOT, TRAIN_CONFIG, machine
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
-from custom.inferers import StructDiffInferer
-from custom.metrics import MEASURES, texture_correlation
-from custom.pairs import RandTemplatePaird
-from custom.phantom import make_subject
-from custom.pictures import save_sheet
-from custom.records import write_json
-from custom.schedulers import ListedDDIMScheduler
-from custom.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.diffusion.pairs import RandTemplatePaird
+from custom.diffusion.sampler import StructDiffInferer
+from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.evaluation.rendering import MEASURES, texture_correlation
+from custom.phantom.cohort import make_subject
+from custom.runs.files import write_json
+from custom.volumes.pictures import save_sheet
 
 logger = logging.getLogger(__name__)
 

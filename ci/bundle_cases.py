@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from custom.phantom import make
-from custom.quality import Gate
-from custom.records import write_json
+from custom.evaluation.gate import Gate
+from custom.phantom.cohort import make
+from custom.runs.files import write_json
 
 OPEN_GATE = dict.fromkeys(limit.name for limit in dataclasses.fields(Gate))
 """Rejects nothing: tiny networks render noise."""

@@ -26,7 +26,7 @@ from typing import Any
 import fire
 import torch
 
-from custom.records import replace_file, write_json
+from custom.runs.files import replace_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "models/model.pt"
@@ -88,7 +88,7 @@ def bundle_files(bundle: Path, custom: Path, *, weights: bool) -> dict[str, Path
     taken = {"LICENSE", *FOLDERS} - (set() if weights else {"models"})
     found = [path for path in _files_below(bundle) if path.relative_to(bundle).parts[0] in taken]
     members = {f"{bundle.name}/{path.relative_to(bundle).as_posix()}": path for path in found}
-    sources = [path for path in _files_below(custom) if path.suffix == ".py"]
+    sources = [path for path in _files_below(custom) if path.suffix in (".py", ".html")]
     members |= {f"{bundle.name}/custom/{path.relative_to(custom).as_posix()}": path for path in sources}
     for path in members.values():
         if path.stat().st_size > MAX_FILE_BYTES:

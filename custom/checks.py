@@ -1,22 +1,14 @@
-"""Layer 2: reading volumes, and refusing those that would train or render nonsense."""
+"""Whether configs and this package belong together.
+
+The one module beside the rooms: every version of `custom` has it here, so that a new bundle can refuse an old package
+by name, and an old bundle a new one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform
-from nibabel.orientations import io_orientation
 
 import custom
-
-_GRID_TOLERANCE_VOXELS = 0.1
 
 
 def check_version(*, needed: str) -> None:
@@ -34,161 +26,3 @@ def check_version(*, needed: str) -> None:
             f"metadata.json needs custom_version {needed}; use the folder custom/ that came with the bundle, start "
             "elsewhere than in a folder with another custom/, or reinstall the package"
         )
-
-
-def file_of(volume: Any) -> str:
-    """Name of the file a volume was read from."""
-    return str(getattr(volume, "meta", {}).get("filename_or_obj", "volume without a file"))
-
-
-def check_grid(first: Any, second: Any) -> None:
-    """Refuse two volumes (C, H, W, D) that are not on one grid.
-
-    Raises:
-        ValueError: naming both files and what differs.
-    """
-    sizes, apart, voxel = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0, 1.0
-    if sizes[0] == sizes[1] and isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
-        corners = torch.tensor(list(product(*((0.0, n - 1.0) for n in sizes[0])))).double()
-        difference = (first.affine - second.affine).double()
-        apart = float((corners @ difference[:3, :3].T + difference[:3, 3]).norm(dim=1).max())
-        voxel = float(first.pixdim.min())
-    if sizes[0] != sizes[1] or not apart <= _GRID_TOLERANCE_VOXELS * voxel:
-        raise ValueError(
-            f"{file_of(first)} and {file_of(second)}: they must share one grid, got sizes {sizes[0]} and "
-            f"{sizes[1]} and affines that put a corner {apart:.3g} mm apart; resample the second"
-        )
-
-
-class LoadVolumesd(MapTransform):
-    """`LoadImaged` whose error names the file: nibabel does not, for one that is cut short or holds colours.
-
-    Args:
-        keys: files to read.
-
-    Raises:
-        FileNotFoundError: naming the missing file.
-        ValueError: naming the unreadable file and the reason.
-    """
-
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys)
-        self.load = LoadImage(image_only=True)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Read the volumes of one item."""
-        item = dict(data)
-        for key in self.key_iterator(item):
-            try:
-                item[key] = self.load(item[key])
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # whatever nibabel, gzip, zlib and numpy raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(
-                    f"{item[key]}: cannot be read as a volume of numbers ({reason}); "
-                    "the file is damaged or holds colours, copy or convert it anew"
-                ) from error
-        return item
-
-
-class CheckVolumesd(MapTransform):
-    """Refuse volumes that would train or render nonsense, naming the file and the rule. Changes nothing.
-
-    Args:
-        keys: all volumes to check.
-        label_keys: those of `keys` that are label maps, already mapped to the ids of the model.
-        num_labels: label ids 0 to num_labels - 1.
-        spacing_mm: spacing of the model along the axes of RAS; None leaves the spacing unchecked.
-        air_below_hu: an image without any voxel below this is not in HU (8-bit, unsigned or normalised data).
-        grids: pairs of keys that must share one grid.
-
-    Raises:
-        ValueError: naming file, rule, value and remedy.
-    """
-
-    _MAX_SPACING_RATIO = 3.0
-    _MIN_VOXELS = 2
-    _HU_LIMITS = (-4000.0, 40000.0)
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        *,
-        label_keys: Sequence[str],
-        num_labels: int,
-        spacing_mm: Sequence[float] | None = None,
-        air_below_hu: float = -150.0,
-        grids: Sequence[Sequence[str]] = (),
-    ) -> None:
-        super().__init__(keys)
-        if spacing_mm is not None and np.shape(spacing_mm) != (3,):
-            raise ValueError(f"spacing_mm must be three lengths in mm, one per axis, got {spacing_mm}")
-        self.label_keys, self.num_labels, self.spacing_mm = set(label_keys), num_labels, spacing_mm
-        self.air_below_hu, self.grids = air_below_hu, grids
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check the volumes of one item, each (C, H, W, D)."""
-        for key in self.key_iterator(data):
-            self._check_form(data[key])
-            if key in self.label_keys:
-                self._check_label(data[key])
-            else:
-                self._check_image(data[key])
-        for first, second in self.grids:
-            check_grid(data[first], data[second])
-        return dict(data)
-
-    def _check_form(self, volume: Any) -> None:
-        if volume.ndim != 4 or volume.shape[0] != 1:
-            raise ValueError(
-                f"{file_of(volume)}: must be one 3D volume of one channel, got channels and size "
-                f"{tuple(volume.shape)}; "
-                "split time series and convert colour images first"
-            )
-        if not bool(torch.isfinite(torch.as_tensor(volume)).all()):
-            raise ValueError(f"{file_of(volume)}: holds NaN or infinite voxels; replace them before use")
-        if self.spacing_mm is not None and isinstance(volume, MetaTensor):
-            self._check_spacing(volume, self.spacing_mm)
-
-    def _check_spacing(self, volume: MetaTensor, spacing_mm: Sequence[float]) -> None:
-        order = io_orientation(volume.affine.numpy())[:, 0].astype(int)  # the file's axes may come in any order
-        spacing = np.asarray(spacing_mm, dtype=float)[order]
-        pixdim = volume.pixdim.numpy()
-        given = f"spacing {[float(f'{p:g}') for p in pixdim]} mm"
-        ratio, voxels = (pixdim / spacing).max(), pixdim * volume.shape[1:] / spacing
-        if ratio > self._MAX_SPACING_RATIO:
-            raise ValueError(
-                f"{file_of(volume)}: {given} is {ratio:.1f} times the model's {spacing.tolist()} mm; "
-                f"at most {self._MAX_SPACING_RATIO:g} times is possible, use finer data"
-            )
-        if voxels.min() < self._MIN_VOXELS:
-            raise ValueError(
-                f"{file_of(volume)}: {tuple(volume.shape[1:])} voxels of {given} are fewer than {self._MIN_VOXELS} "
-                f"of the model's {spacing.tolist()} mm along an axis; "
-                "correct the spacing in the header (mm), or use a larger field of view"
-            )
-
-    def _check_image(self, image: Any) -> None:
-        low, high = float(image.min()), float(image.max())
-        if low == high:
-            raise ValueError(f"{file_of(image)}: every voxel is {low:g}; a constant image cannot be used")
-        if low > self.air_below_hu or low < self._HU_LIMITS[0] or high > self._HU_LIMITS[1]:
-            raise ValueError(
-                f"{file_of(image)}: values {low:g} to {high:g} are not Hounsfield units: the minimum must lie between "
-                f"{self._HU_LIMITS[0]:g} and {self.air_below_hu:g} and the maximum below {self._HU_LIMITS[1]:g}; "
-                "apply the rescale slope and intercept, and do not window or normalise"
-            )
-
-    def _check_label(self, label: Any) -> None:
-        ids = torch.unique(torch.as_tensor(label)).tolist()
-        if any(i != int(i) for i in ids):
-            raise ValueError(f"{file_of(label)}: label ids must be integers, got {[i for i in ids if i != int(i)][:5]}")
-        unknown = [int(i) for i in ids if not 0 <= i < self.num_labels]
-        if unknown:
-            raise ValueError(
-                f"{file_of(label)}: label ids {unknown} are not in the label map 0 to {self.num_labels - 1}; "
-                "map or drop them with `label_mapping` in the config"
-            )
-        if ids == [0]:
-            raise ValueError(f"{file_of(label)}: the mask is empty; every case needs at least one label")

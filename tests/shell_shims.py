@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from bundle_cases import OPEN_GATE
-from conftest import ROOT, TINY, TINY_TRAINING
+from helpers import ROOT, TINY, TINY_TRAINING
 
 PHANTOMS = ["--shape", "58,58,58", "--spacing_mm", "2.5"]
 SMALL = {

@@ -1,0 +1,86 @@
+"""Inferers that render a volume and the variance of its voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from custom.confidence.variance import RunningVariance, local_mean, local_mean_variance
+from custom.diffusion.network import StructDiffUNet
+from custom.diffusion.sampler import StructDiffInferer
+from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.volumes.grids import at, corner
+from custom.volumes.haar import haar_unpack
+
+_TOLERATED_DEVIATIONS = 3.0
+
+
+class PredictedVarianceInferer(StructDiffInferer):
+    """Render a volume and the variance that the network predicts for it anyway, of 3^3 averages (ours).
+
+    What the network knows of the truth is mean and deviation of the residual; their variance is propagated exactly
+    (`local_mean_variance`). Where an image is farther from the mean than three deviations, as where it does not show
+    its label, a ninth of the squared distance counts instead. One encoding more than the image alone, no network call.
+    On phantoms no score of 30 calls tells the error of voxels better (benchmarks/ssv.py).
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str]
+    ) -> torch.Tensor:
+        """Render a batch.
+
+        Returns:
+            (B, 2, H, W, D): image of :class:`StructDiffInferer` in HU, and variance in HU^2.
+        """
+        image = super().__call__(inputs, network, cases)
+        return torch.cat([image, self.variance(image, inputs, network)], 1)
+
+    @torch.no_grad()
+    def variance(self, image: torch.Tensor, inputs: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
+        """Variance (B, 1, H, W, D) in HU^2 of any image (B, 1, H, W, D) in HU, given a context (B, 6, H, W, D)."""
+        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        encoded = self._encode(context, network)
+        expected = self._to_hu(haar_unpack(encoded.mean), context)
+        predicted = at(local_mean_variance(encoded.sigma, encoded.edge), corner(context.shape[2:]))
+        distance = local_mean(image) - local_mean(expected)
+        return torch.maximum(predicted * self.residual_scale_hu**2, (distance / _TOLERATED_DEVIATIONS).square())
+
+
+class SkipSamplingInferer(StructDiffInferer):
+    """Render a volume and its skip-sampling variance: the same noise along schedules that skip differently.
+
+    All schedules begin and end alike and differ in stride. They run one after the other, so memory is that of one
+    rendering and two more volumes. The image is that of the longest schedule.
+
+    Args:
+        strides: numbers of network calls, two or more different ones; 4, 6, 8, 12 make 30 calls.
+        options: of :class:`StructDiffInferer`, but for its scheduler.
+
+    Raises:
+        ValueError: with fewer than two different schedules, and as :class:`StructDiffInferer`.
+    """
+
+    def __init__(self, *, strides: Sequence[int] = (4, 6, 8, 12), **options: Any) -> None:
+        if len(set(strides)) < max(2, len(strides)):
+            raise ValueError(f"strides: two or more different numbers of network calls are needed, got {list(strides)}")
+        ordered = sorted(strides)
+        super().__init__(ListedDDIMScheduler(ordered[-1]), **options)
+        self.schedules = [ListedDDIMScheduler(calls).timesteps.tolist() for calls in ordered]
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str]
+    ) -> torch.Tensor:
+        """Render a batch.
+
+        Returns:
+            (B, 2, H, W, D): image in HU and skip-sampling variance in HU^2.
+        """
+        variance = RunningVariance()
+        for times in self.schedules:
+            image = self.render(inputs, network, cases, times)
+            variance.add(image)
+        return torch.cat([image, variance.value()], 1)

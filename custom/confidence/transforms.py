@@ -1,0 +1,60 @@
+"""Confidence of rendered voxels, as dictionary transforms."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+
+from custom.confidence.variance import confidence, sample_score
+from custom.runs.files import plain_values
+from custom.volumes.grids import plain
+
+logger = logging.getLogger(__name__)
+
+
+class SplitVarianced(Transform):
+    """Split `pred` (2, H, W, D) into `pred`, the image, and `variance`, both (1, H, W, D)."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Split one item."""
+        return {**data, "pred": data["pred"][:1], "variance": data["pred"][1:]}
+
+
+class Confidenced(Transform):
+    """Add `confidence` (1, H, W, D) and `score` (HU) from `variance` and `label`.
+
+    Args:
+        table: JSON file of :class:`CalibrateConfidence`.
+        made_with: what the variance depends on: weights, spacing and so on; the table must agree with all of it.
+        c_min: smallest confidence.
+
+    Raises:
+        FileNotFoundError: when there is no table.
+        ValueError: when it was made with something else.
+    """
+
+    def __init__(self, table: str, *, made_with: Mapping[str, Any], c_min: float = 0.05) -> None:
+        path = Path(table)
+        if not path.is_file():
+            raise FileNotFoundError(f"{table}: no confidence table; run calibrate.json with these weights first")
+        content = json.loads(path.read_text())
+        for key, value in plain_values(made_with).items():
+            if content.get(key) != value:
+                raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
+        self.tau, self.c_min = torch.tensor(content["tau_hu2"]), c_min
+        if self.tau.ndim != 1:
+            raise ValueError(f"{table}: was made by an older version, by label and edge distance; calibrate anew")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Judge one item."""
+        label, variance = plain(data["label"])[0, 0].cpu(), plain(data["variance"])[0, 0].cpu()
+        values = confidence(variance, label, self.tau, c_min=self.c_min)
+        kept = MetaTensor(values[None], meta=data["pred"].meta)
+        return {**data, "confidence": kept, "score": sample_score(variance, label)}

@@ -1,0 +1,107 @@
+"""The loss of the diffusion and of the residual's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+
+from custom.diffusion.formulas import amplitudes, precondition
+from custom.diffusion.moments import GAUSSIAN, to_local
+from custom.diffusion.network import StructDiffUNet
+from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.haar import haar_pack
+
+
+def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Voxelwise loss of a predicted mean, by its squared error over sigma, and of sigma, by the absolute error (ours).
+
+        e^2 / (2 sg(sigma) sg(m)) + sqrt(pi / 2) |sg(e)| / sigma + log sigma
+
+    with e = residual - mean, m = mean of sigma over the sample, sg = stop gradient. Gaussian likelihood weighs the mean
+    by 1 / sigma^2 and so gives up where the error is large (Seitzer et al. 2022); here every sample counts alike. The
+    absolute error gives the deviation of Gaussian data as well, but structures that the mean misses here and there do
+    not raise the grain everywhere.
+
+    Args:
+        error, sigma: (B, C, h, w, d); sigma > 0.
+    """
+    scale = sigma.detach()
+    level = scale.mean((1, 2, 3, 4), keepdim=True)
+    return error.square() / (2 * scale * level) + GAUSSIAN * error.detach().abs() / sigma + sigma.log()
+
+
+class StructDiffLoss(_Loss):
+    """Loss of the diffusion and of the residual's moments, heavier around thin labels (ours).
+
+    Diffusion: the squared velocity error in units of its expected spread c_out, compared in the local basis of
+    `moments.to_local`. Moments: :func:`moments_loss`. Both are averaged with weights, `thin_weight` in
+    blocks within a voxel of a thin label and 1 elsewhere. With correspondence attention in the network, its two-way
+    consistency is added.
+
+    Args:
+        network: the bare network, which the loss asks for the moments of the residual.
+        thin_labels: ids of thin structures; empty weighs all voxels alike.
+        thin_weight: weight around them, at least 1.
+        correspondence_weight: factor of the consistency term.
+
+    Raises:
+        ValueError: when `thin_weight` is below 1.
+    """
+
+    def __init__(
+        self,
+        network: StructDiffUNet,
+        *,
+        thin_labels: Sequence[int] = (),
+        thin_weight: float = 10.0,
+        correspondence_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if thin_weight < 1:
+            raise ValueError(f"thin_weight: must be at least 1, got {thin_weight}")
+        self.thin_labels, self.thin_weight = list(thin_labels), thin_weight
+        # Held in a tuple: the parameters belong to the network, the loss must not list them as its own.
+        self._network = (network,)
+        self.correspondence_weight = correspondence_weight
+
+    def weights(self, label: torch.Tensor) -> torch.Tensor:
+        """(B, 1, H, W, D) ids, even sizes -> (B, 1, h, w, d) weights."""
+        thin = torch.zeros_like(label, dtype=torch.float32)
+        for index in self.thin_labels:
+            thin = thin + (label == index)
+        near = F.max_pool3d(F.pad(thin, (1,) * 6), 4, 2)
+        return 1 + (self.thin_weight - 1) * near
+
+    def forward(self, input: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of a batch.
+
+        Args:
+            input: predicted velocity (B, 1, H, W, D).
+            target: `velocity` and `residual` (B, 1, H, W, D) in residual units, `timesteps` (B,), `context`
+                (B, 6, H, W, D), `label` (B, 1, H, W, D) ids and `image` (B, 1, H, W, D) HU.
+
+        Returns:
+            scalar.
+        """
+        network = self._network[0]
+        velocity_error, residual = input.float() - target["velocity"], target["residual"]
+        weight = self.weights(pad_to_multiple(target["label"].float(), 2))
+        condition = network.encode(target["context"])
+        inside = corner(weight.shape[2:])
+        mean, sigma, edge = (at(part, inside) for part in condition[1:])
+        a, s = amplitudes(network.alphas_cumprod, target["timesteps"], sigma.ndim)
+        scale = precondition(a, s, sigma.detach())[2]
+        error = to_local(haar_pack(pad_to_multiple(velocity_error, 2)), edge) / scale
+        centred = to_local(haar_pack(pad_to_multiple(residual, 2)) - mean, edge)
+        if network.training and bool(network.moments.measured):
+            network.moments.track(centred.detach() / sigma.detach(), pad_to_multiple(target["context"].float(), 2))
+        loss = (weight * (error.square() + moments_loss(centred, sigma))).mean() / weight.mean()
+        attention = network.correspondence
+        if attention is None:
+            return loss
+        context = pad_to_multiple(target["context"].float(), attention.stride)
+        image = pad_to_multiple(target["image"].float(), attention.stride)
+        return loss + self.correspondence_weight * attention.consistency(context, image)

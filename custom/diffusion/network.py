@@ -1,0 +1,233 @@
+"""The StructDiff network, a template-guided diffusion U-Net computed on Haar-packed volumes.
+
+Independent implementation from the abstract of StructDiff (arXiv 2503.09560); the formulas are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+from torch.nn import functional as F
+
+from custom.diffusion.correspondence import HU_UNIT, CorrespondenceAttention
+from custom.diffusion.formulas import amplitudes, precondition
+from custom.diffusion.moments import ResidualMoments, from_local, label_edges, to_local
+from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.haar import haar_pack, haar_unpack
+from custom.volumes.haar import space_to_depth as pack_blocks
+
+CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu", "grain_sd_hu")
+"""Channels of `context`, in order. A dropped label map is -1 everywhere, a dropped template image is 0."""
+
+_RESIDUAL_UNIT_HU = 100.0
+_IMAGE_CHANNELS = 18  # Haar bands of template and prior, painted sd and grain
+
+
+class Condition(NamedTuple):
+    """What does not depend on time: encoded once per volume (or window), used at every step.
+
+    Attributes:
+        features: (B, C, h, w, d) on the packed grid.
+        mean: (B, 8, h, w, d) mean of the packed residual, in Haar bands.
+        sigma: (B, 8, h, w, d) its standard deviation, in the local basis of `custom.diffusion.moments.to_local`.
+        edge: (B, 1, h, w, d) where that basis is single voxels.
+    """
+
+    features: torch.Tensor
+    mean: torch.Tensor
+    sigma: torch.Tensor
+    edge: torch.Tensor
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is native to the device; emulated it is slower than fp32 (benchmarks/cost.py)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """(B, 1, H, W, D) ids -> (B, 8 num_labels, H/2, W/2, D/2) packed one-hot; ids outside the range give zeros."""
+    ids = torch.arange(num_labels, device=label.device).view(1, -1, 1, 1, 1)
+    return pack_blocks((label.round() == ids).float())
+
+
+class TracedNetwork(nn.Module):
+    """What `torch.jit.script` compiles in place of a `StructDiffUNet`: its forward, traced once, valid at all sizes.
+
+    Args:
+        network: in evaluation mode, on any device.
+    """
+
+    def __init__(self, network: StructDiffUNet) -> None:
+        super().__init__()
+        device = network.alphas_cumprod.device
+        # A size that needs padding and a batch of two: tracing leaves out branches that are not taken.
+        size = (network.size_multiple + 1,) * 3
+        image = torch.zeros(2, 1, *size, device=device)
+        context = torch.zeros(2, len(CONTEXT_CHANNELS), *size, device=device)
+        timesteps = torch.zeros(2, dtype=torch.int64, device=device)
+        self.traced = torch.jit.trace(network, (image, timesteps, context))
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """As `StructDiffUNet.forward`, without its checks."""
+        return self.traced(x, timesteps, context)
+
+
+class StructDiffUNet(nn.Module):
+    """Predicts the velocity of the scaled residual (image - prior) / scale of a CT volume, guided by mask and template.
+
+    Voxels in, voxels out; inside, MONAI's `DiffusionModelUNet` runs on the Haar-packed grid. What is known of the
+    residual without it, mean and deviation in every voxel (`moments`), enters analytically, so that it only has to
+    learn what a Gaussian of these moments lacks.
+
+    Args:
+        num_labels: label ids 0 to num_labels - 1, background included.
+        channels: channels of each U-Net level.
+        num_res_blocks: residual blocks of each level.
+        condition_channels: width of the encoded condition.
+        correspondence_channels: width of the correspondence attention; 0 leaves it out.
+        norm_num_groups: groups of every group norm; divides all `channels`.
+        num_train_timesteps: length of the cosine training schedule.
+        amp: bf16 autocast inside the network; None switches it on where the device has native bf16.
+
+    Raises:
+        ValueError: when `num_labels` is below 2.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_labels: int,
+        channels: Sequence[int] = (32, 64, 96),
+        num_res_blocks: int = 1,
+        condition_channels: int = 24,
+        correspondence_channels: int = 0,
+        norm_num_groups: int = 8,
+        num_train_timesteps: int = 1000,
+        amp: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"num_labels: background and at least one label are needed, got {num_labels}")
+        self.num_labels, self.amp = num_labels, amp
+        self.size_multiple = max(2 ** len(channels), CorrespondenceAttention.stride if correspondence_channels else 2)
+        self.condition_encoder = nn.Sequential(
+            nn.Conv3d(16 * num_labels + _IMAGE_CHANNELS, condition_channels, 1),
+            nn.SiLU(),
+            nn.Conv3d(condition_channels, condition_channels, 3, padding=1),
+        )
+        self.moments = ResidualMoments(condition_channels, _IMAGE_CHANNELS, image_unit=HU_UNIT / _RESIDUAL_UNIT_HU)
+        self.correspondence = (
+            CorrespondenceAttention(num_labels, correspondence_channels) if correspondence_channels else None
+        )
+        self.unet = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=8 + condition_channels + _IMAGE_CHANNELS + correspondence_channels,
+            out_channels=8,
+            channels=tuple(channels),
+            num_res_blocks=num_res_blocks,
+            attention_levels=(False,) * len(channels),
+            norm_num_groups=norm_num_groups,
+        )
+        schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
+        self.alphas_cumprod: torch.Tensor
+
+    def _check(self, context: torch.Tensor) -> None:
+        if context.ndim != 5 or context.shape[1] != len(CONTEXT_CHANNELS):
+            raise ValueError(
+                f"context: must be (B, {len(CONTEXT_CHANNELS)}, H, W, D) with channels {CONTEXT_CHANNELS}, "
+                f"got {tuple(context.shape)}"
+            )
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        enabled = native_bf16(device) if self.amp is None else self.amp
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+    def encode(self, context: torch.Tensor) -> Condition:
+        """Encode what does not depend on time.
+
+        Args:
+            context: (B, 6, H, W, D), channels as in CONTEXT_CHANNELS; labels as ids, images in HU; any size.
+
+        Returns:
+            the condition on the padded packed grid.
+
+        Raises:
+            ValueError: on another number of axes or channels.
+        """
+        self._check(context)
+        context = pad_to_multiple(context.float(), self.size_multiple)
+        with self._autocast(context.device):
+            images = torch.cat([haar_pack(context[:, [1, 3]] / HU_UNIT), F.avg_pool3d(context[:, 4:6] / 100, 2)], 1)
+            masks = [one_hot_blocks(context[:, channel : channel + 1], self.num_labels) for channel in (0, 2)]
+            encoded = self.condition_encoder(torch.cat([*masks, images], 1))
+            mean, sigma = self.moments(encoded, images, context)
+            # The images also reach the U-Net unencoded: residuals at edges are learned several times faster so
+            # (docs/FINDINGS.md).
+            features = torch.cat([encoded, images], 1)
+            if self.correspondence is not None:
+                features = torch.cat([features, self.correspondence(context)], 1)
+        return Condition(features.float(), mean, sigma, label_edges(context[:, :1]))
+
+    def flow(self, y: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """F, the change of the preconditioned packed sample y with its angle (see `custom.diffusion.formulas.angle`).
+
+        Args:
+            y: (B, 8, h, w, d) Haar bands, of unit variance at every time.
+            timesteps: (B,) times.
+            features: (B, C, h', w', d') of the condition, at least as large as y.
+
+        Returns:
+            (B, 8, h, w, d) Haar bands.
+        """
+        size = y.shape[2:]
+        missing = [n - m for n, m in zip(features.shape[2:], size, strict=True)]
+        padded = F.pad(y, [p for m in reversed(missing) for p in (0, m)], mode="replicate") if any(missing) else y
+        with self._autocast(y.device):
+            return at(self.unet(torch.cat([padded, features], 1), timesteps), corner(size)).float()
+
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Velocity of the noisy scaled residual x (B, 1, H, W, D) at timesteps (B,), given an encoded condition.
+
+        With the moments mean and sigma of x0 (detached: they are trained by their own likelihood):
+        v = c_skip (x - a mean) - s mean + c_out F(c_in (x - a mean)), where c and F act in the local basis.
+        """
+        mean, sigma, edge = condition.mean.detach(), condition.sigma.detach(), condition.edge
+        packed = haar_pack(pad_to_multiple(x.float(), self.size_multiple))
+        a, s = amplitudes(self.alphas_cumprod, timesteps, packed.ndim)
+        c_in, c_skip, c_out = precondition(a, s, sigma)
+        centred = to_local(packed - a * mean, edge)
+        f = to_local(self.flow(from_local(c_in * centred, edge), timesteps, condition.features), edge)
+        velocity = from_local(c_skip * centred + c_out * f, edge) - s * mean
+        return at(haar_unpack(velocity), corner(x.shape[2:]))
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Predict the velocity.
+
+        Args:
+            x: (B, 1, H, W, D) noisy scaled residual, any size.
+            timesteps: (B,) int64.
+            context: (B, 6, H, W, D), see :meth:`encode`.
+
+        Returns:
+            (B, 1, H, W, D) velocity a eps - s x0.
+
+        Raises:
+            ValueError: when x and context differ in batch or spatial size, or the context is malformed.
+        """
+        if x.shape[2:] != context.shape[2:] or len(x) != len(context):
+            raise ValueError(
+                f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"
+            )
+        return self.denoise(x, timesteps, self.encode(context))
+
+    def __prepare_scriptable__(self) -> TracedNetwork:
+        """Hook of `torch.jit.script`, which cannot compile autocast and generators: makes `ckpt_export` work."""
+        return TracedNetwork(self)

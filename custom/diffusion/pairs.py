@@ -1,0 +1,181 @@
+"""Training pairs from single subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.networks.layers import GaussianFilter
+from monai.transforms import Randomizable, Transform
+from torch.nn import functional as F
+
+from custom.diffusion.transforms import shift_labels
+from custom.geometry.deformation import identity_coordinates, random_velocity, sample
+from custom.volumes.grids import at, corner, pad_to_multiple, plain, sample_cubic
+from custom.volumes.intensity import label_statistics
+from custom.volumes.reading import file_of
+
+_BLOCK = 4
+
+
+def _sample_labels(label: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Label map read at (1, 3, H, W, D) voxels of it without staircases: the label with most linear weight wins."""
+    best, winner = torch.zeros_like(where[:, :1]), torch.zeros_like(where[:, :1])
+    for index in sample(label, where, mode="nearest").unique().tolist():
+        weight = sample((label == index).float(), where)
+        winner = torch.where(weight > best, float(index), winner)
+        best = torch.maximum(best, weight)
+    return winner
+
+
+def near_labels(label: torch.Tensor, reach_mm: float, spacing_mm: Sequence[float]) -> torch.Tensor:
+    """1 in and at large labelled regions, less at thin or cut-off ones, 0 beyond about twice `reach_mm`.
+
+    Args:
+        label: (1, 1, H, W, D) ids.
+        reach_mm: standard deviation of the Gaussian that spreads the labels.
+        spacing_mm: voxel size along each axis.
+    """
+    padded = pad_to_multiple((label > 0).float(), _BLOCK)
+    sigma = [reach_mm / s / _BLOCK for s in spacing_mm]
+    spread = GaussianFilter(3, sigma)(F.avg_pool3d(padded, _BLOCK))
+    spread = F.interpolate(spread, padded.shape[2:], mode="trilinear", align_corners=False)
+    return at((2 * spread).clamp(max=1), corner(label.shape[2:]))
+
+
+class RandTemplatePaird(Randomizable, Transform):
+    """Make a training pair (target, template of the same appearance) from one subject.
+
+    A template of another subject would be ignored, so the template is an independently deformed copy of the target's
+    own subject under the same random appearance: the only way to get the intensities right is to read it. What
+    separates the two anatomies stands for what registration leaves over when a template is used on another heart. It
+    fades away from the labels: there the mask asks for nothing, and whatever an aligned template shows is right. The
+    template's own grain is replaced by surrogate grain, so that grain cannot be traced from template to target.
+    Images are read by cubic splines, which keep thin vessels and grain where linear interpolation would blur them.
+
+    Reads `image`, `structure`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`,
+    `template_image`, `template_label`, `statistics` and `grain_sd` (of the template). The fields are small against
+    their length, so they do not fold and need no exponential.
+
+    Args:
+        spacing_mm: spacing of the volumes.
+        roi_size: size of the pair, cut from the centre of what comes in (which should be larger by the deformation);
+            None keeps the whole volume.
+        target_amplitude_mm: RMS displacement of the target's own deformation.
+        template_amplitude_mm: range of the RMS displacement between template and target.
+        sigma_mm: correlation length of the deformations.
+        reach_mm: distance from the labels over which template and target come to agree.
+        undeformed_prob: probability of taking the target as it was scanned.
+        contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
+        label_shift_hu: SD of a further shift of every label.
+        contrast_above_hu: see there.
+        grain_gain: range of the factor on the grain.
+        blur_voxels: range of an additional Gaussian blur of the structure.
+
+    Raises:
+        ValueError: when the volume is smaller than the ROI.
+    """
+
+    def __init__(
+        self,
+        *,
+        spacing_mm: Sequence[float],
+        roi_size: Sequence[int] | None = None,
+        target_amplitude_mm: float = 5.0,
+        template_amplitude_mm: Sequence[float] = (0.0, 3.0),
+        sigma_mm: float = 25.0,
+        reach_mm: float = 12.0,
+        undeformed_prob: float = 0.4,
+        contrast_shift_hu: float = 70.0,
+        label_shift_hu: float = 20.0,
+        contrast_above_hu: float = 200.0,
+        grain_gain: Sequence[float] = (0.8, 1.3),
+        blur_voxels: Sequence[float] = (0.0, 0.3),
+    ) -> None:
+        self.spacing_mm, self.sigma_mm = list(spacing_mm), sigma_mm
+        self.roi_size = None if roi_size is None else list(roi_size)
+        self.target_amplitude_mm, self.template_amplitude_mm = target_amplitude_mm, template_amplitude_mm
+        self.reach_mm, self.undeformed_prob = reach_mm, undeformed_prob
+        self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
+        self.contrast_above_hu, self.grain_gain, self.blur_voxels = contrast_above_hu, grain_gain, blur_voxels
+
+    def randomize(self, num_labels: int) -> None:
+        """Draw everything that is random about one pair."""
+        self._deformed = bool(self.R.rand() >= self.undeformed_prob)
+        self._amplitude_mm = float(self.R.uniform(self.template_amplitude_mm[0], self.template_amplitude_mm[1]))
+        self._contrast_shift = self.R.normal(0, self.contrast_shift_hu)
+        self._label_shift = self.R.normal(0, self.label_shift_hu, num_labels)
+        self._gain = float(self.R.uniform(self.grain_gain[0], self.grain_gain[1]))
+        self._blur = float(self.R.uniform(self.blur_voxels[0], self.blur_voxels[1]))
+        self._roll = self.R.randint(0, 1 << 16, 3).tolist()
+        self._seed = int(self.R.randint(0, 1 << 31))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Make one pair from volumes (1, H, W, D)."""
+        item = dict(data)
+        size = item["label"].shape[1:]
+        if self.roi_size is not None and any(n < r for n, r in zip(size, self.roi_size, strict=True)):
+            raise ValueError(
+                f"{file_of(item['label'])}: {tuple(size)} voxels at the model's spacing are fewer than the ROI "
+                f"{tuple(self.roi_size)}; lower `roi_size` or use a larger field of view"
+            )
+        self.randomize(len(item["statistics"]))
+        label, surrogate = plain(item["label"]), plain(item["surrogate"]) * self._gain
+        shifts, shift = self._shifts(label, item["statistics"])
+        structure = self._blurred(plain(item["structure"]) + shifts)
+        grain = plain(item["image"]) - plain(item["structure"])
+        scanned = structure + grain * self._gain
+        target_at, template_at = self._coordinates(label)
+        roi = self.roi_size or size
+        centre = [slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, roi, strict=True)]
+        where = at(template_at, centre)
+        template = sample_cubic(structure, where) + at(torch.roll(surrogate, self._roll, (2, 3, 4)), centre)
+        template_label = sample(label, where, mode="nearest")
+        if self._deformed:
+            image, target_label = (
+                sample_cubic(scanned, at(target_at, centre)),
+                _sample_labels(label, at(target_at, centre)),
+            )
+        else:
+            image, target_label = at(scanned, centre), at(label, centre)
+        statistics = label_statistics(scanned, label, len(shift))
+        fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
+        for key in ("structure", "surrogate"):
+            item.pop(key)
+        return {
+            **item,
+            "image": image[0],
+            "label": target_label[0],
+            "template_image": template[0],
+            "template_label": template_label[0],
+            "statistics": torch.where(statistics.isfinite(), statistics, fallback),
+            "grain_sd": float(item["grain_sd"]) * self._gain,
+        }
+
+    def _shifts(self, label: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drawn contrast change as a volume, softened like a scan, and by label, (num_labels,); HU."""
+        shift = torch.as_tensor(self._label_shift, dtype=torch.float32)
+        shift = shift + self._contrast_shift * (statistics[:, 0] > self.contrast_above_hu)
+        shift[0] = 0
+        return shift_labels(label, shift), shift
+
+    def _blurred(self, structure: torch.Tensor) -> torch.Tensor:
+        return GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure
+
+    def _coordinates(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where target and template read the subject, each (1, 3, H, W, D) in voxels."""
+        size = label.shape[2:]
+        generator = torch.Generator().manual_seed(self._seed)
+
+        def displacement(amplitude_mm: float) -> torch.Tensor:
+            return random_velocity(
+                size, spacing_mm=self.spacing_mm, sigma_mm=self.sigma_mm, amplitude_mm=amplitude_mm, generator=generator
+            )
+
+        target = identity_coordinates(size)
+        near = near_labels(label, self.reach_mm, self.spacing_mm)
+        if self._deformed:
+            target = target + displacement(self.target_amplitude_mm)
+            near = sample(near, target)
+        return target, target + near * displacement(self._amplitude_mm)

@@ -1,0 +1,138 @@
+"""The template prior, what a template says about the image of a target mask before any network runs (ours).
+
+Labels are painted with the template's mean HU of that label; the background is the aligned template image, with the
+hole its heart leaves filled from the surroundings. Painted values are never blurred: a blurred prior loses thin
+vessels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.layers import GaussianFilter
+from torch.nn import functional as F
+
+_BACKGROUND_SIGMA_VOXELS = 0.8
+_BORDER_VOXELS = 4
+_SOFT_TISSUE_HU = (-300.0, 150.0)
+
+
+def fill_holes(image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Fill invalid voxels from around by pull-push: average valid voxels over growing blocks, interpolate back.
+
+    Args:
+        image: (B, 1, H, W, D).
+        valid: same shape, bool; if nothing is valid the image comes back unchanged.
+
+    Returns:
+        (B, 1, H, W, D); valid voxels keep their value.
+    """
+    if bool(valid.all()) or not bool(valid.any()):
+        return image
+    blocks = [min(2, n) for n in image.shape[2:]]
+    weight = F.avg_pool3d(valid.to(image.dtype), blocks, ceil_mode=True)
+    coarse = F.avg_pool3d(image * valid, blocks, ceil_mode=True) / weight.clamp(min=1e-6)
+    coarse = fill_holes(coarse, weight > 0)
+    pushed = F.interpolate(coarse, image.shape[2:], mode="trilinear", align_corners=False)
+    return torch.where(valid, image, pushed)
+
+
+def template_background(template_hu: torch.Tensor, template_label: torch.Tensor) -> torch.Tensor:
+    """The template without its heart and without its grain.
+
+    Args:
+        template_hu, template_label: (B, 1, H, W, D), aligned to the target.
+
+    Returns:
+        (B, 1, H, W, D) HU. The labelled region and the voxel around it (partial volume) are filled from the soft
+        tissue outside: lung and unlabelled blood filled in too would leave the heart's outline (docs/FINDINGS.md).
+        Where no soft tissue is outside, everything outside is used.
+    """
+    outside = F.max_pool3d((template_label > 0).float(), 3, 1, 1) == 0
+    low, high = _SOFT_TISSUE_HU
+    source = outside & (template_hu > low) & (template_hu < high)
+    filled = torch.where(outside, template_hu, fill_holes(template_hu, source if bool(source.any()) else outside))
+    # The filter pads with zeros: without the border repeated, air next to it would read -650 HU.
+    padded = F.pad(filled, (_BORDER_VOXELS,) * 6, mode="replicate")
+    inside = (..., *[slice(_BORDER_VOXELS, -_BORDER_VOXELS)] * 3)
+    return GaussianFilter(3, _BACKGROUND_SIGMA_VOXELS)(padded)[inside]
+
+
+def paint_prior(
+    target_label: torch.Tensor, statistics: torch.Tensor, background_hu: torch.Tensor, background_sd_hu: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Paint label means and standard deviations on a target mask.
+
+    Args:
+        target_label: (B, 1, H, W, D) ids.
+        statistics: (num_labels, 2) HU, finite; row 0 is not used.
+        background_hu: (B, 1, H, W, D).
+        background_sd_hu: standard deviation written outside the labels.
+
+    Returns:
+        prior and standard deviation, each (B, 1, H, W, D) HU.
+    """
+    ids = target_label.long()
+    table = statistics.to(target_label.device)
+    prior = torch.where(ids > 0, table[:, 0][ids.clamp(min=0)], background_hu)
+    sd = torch.where(ids > 0, table[:, 1][ids.clamp(min=0)], torch.full_like(prior, background_sd_hu))
+    return prior, sd
+
+
+def fitted_template(
+    template_hu: torch.Tensor,
+    template_label: torch.Tensor,
+    target_label: torch.Tensor,
+    prior_hu: torch.Tensor,
+    thin_labels: Sequence[int],
+) -> torch.Tensor:
+    """What a network may see of the aligned template image: where it shows another anatomy, the prior instead.
+
+    That is where the labels of template and target differ, at the thin labels of the target, and within two voxels of
+    those of the template. Vessels of another heart lie elsewhere; a network trained on pairs of one heart copies what
+    it sees there, and draws no vessel where the template has none (docs/FINDINGS.md).
+
+    Args:
+        template_hu, template_label, target_label, prior_hu: (B, 1, H, W, D), on one grid.
+        thin_labels: ids of thin structures.
+
+    Returns:
+        (B, 1, H, W, D) HU.
+    """
+    thin = torch.tensor(list(thin_labels), dtype=target_label.dtype)
+    own = F.max_pool3d(torch.isin(template_label.round(), thin).float(), 5, 1, 2) > 0
+    differs = template_label.round() != target_label.round()
+    return torch.where(own | differs | torch.isin(target_label.round(), thin), prior_hu, template_hu)
+
+
+def complete_statistics(statistics: torch.Tensor, nominal_hu: Sequence[float]) -> tuple[torch.Tensor, list[int]]:
+    """Replace the statistics of labels the template does not show by nominal ones.
+
+    The nominal mean is shifted by the median difference between the template and the nominal table over the labels that
+    are present, so that a missing chamber follows the contrast phase; the sd is the median sd.
+
+    Args:
+        statistics: (num_labels, 2) HU, NaN for absent labels.
+        nominal_hu: plausible mean of every label, background first.
+
+    Returns:
+        finite (num_labels, 2) and the ids that were filled in.
+
+    Raises:
+        ValueError: when the lengths differ.
+    """
+    if len(nominal_hu) != len(statistics):
+        raise ValueError(
+            f"nominal_hu: one value for each of the {len(statistics)} labels is needed, got {len(nominal_hu)}"
+        )
+    nominal = torch.tensor(nominal_hu, dtype=torch.float32)
+    absent = ~statistics[:, 0].isfinite()
+    present = ~absent
+    present[0] = False
+    completed = statistics.clone()
+    shift = (statistics[present, 0] - nominal[present]).median() if bool(present.any()) else torch.tensor(0.0)
+    sd = statistics[present, 1].median() if bool(present.any()) else torch.tensor(0.0)
+    completed[absent, 0] = nominal[absent] + shift
+    completed[absent, 1] = sd
+    return completed, absent.nonzero()[:, 0].tolist()

@@ -1,0 +1,210 @@
+"""Rendering whole volumes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer
+from tqdm import tqdm
+
+from custom.diffusion.formulas import amplitudes, angle, angle_step
+from custom.diffusion.moments import from_local, label_edges, to_local
+from custom.diffusion.network import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.haar import haar_pack, haar_unpack
+
+_PRIOR = CONTEXT_CHANNELS.index("prior_hu")
+
+
+def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
+    """Standard normal noise of one case, from seed, case name and shape alone, not batch, order, rank or device."""
+    # One 32-bit number from both: a CPU generator ignores the upper half of its seed.
+    digest = hashlib.sha256(f"{seed}:{case}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
+    """Overlapping windows that cover a volume; starts are even, so that all windows share one Haar grid.
+
+    Args:
+        size: (H, W, D) of the volume, even.
+        roi_size: (H, W, D) of a window, even; an axis shorter than the window is covered by one shorter window.
+        overlap: fraction of a window shared with the next, in [0, 1).
+    """
+    roi = [min(r, n) for r, n in zip(roi_size, size, strict=True)]
+    interval = [max(2, int(r * (1 - overlap)) // 2 * 2) for r in roi]
+    return dense_patch_slices(list(size), roi, interval)
+
+
+class _Encoded(NamedTuple):
+    """What is known before the first step: windows on the packed grid, its size, their conditions, and the moments."""
+
+    packed: list[tuple[slice, ...]]
+    grid: list[int]
+    condition: Callable[[int], Condition]
+    mean: torch.Tensor
+    sigma: torch.Tensor
+    edge: torch.Tensor
+
+
+def _packed(window: Sequence[slice]) -> tuple[slice, ...]:
+    """The window on the packed grid; starts and stops are even."""
+    return tuple(slice(axis.start // 2, axis.stop // 2) for axis in window)
+
+
+def blended(
+    predict: Callable[[int], torch.Tensor], windows: Sequence[tuple[slice, ...]], size: Sequence[int]
+) -> torch.Tensor:
+    """Average of overlapping window predictions, Gaussian-weighted towards window centres.
+
+    Args:
+        predict: index of the window -> prediction (B, C, h, w, d) there.
+        windows: slices covering the volume; a single window is predicted as it is.
+        size: (H, W, D) of the volume.
+    """
+    part = predict(0)
+    if len(windows) == 1:
+        return part
+    total, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(1, 1, *size)
+    for index, window in enumerate(windows):
+        part = predict(index) if index else part
+        importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=part.device)
+        importance = importance.clamp(min=1e-3)
+        at(total, window).add_(part * importance)
+        at(weight, window).add_(importance)
+    return total / weight
+
+
+class StructDiffInferer(Inferer):
+    """Render HU volumes from contexts; large volumes by windows blended at every step, so without seams.
+
+    The times are explicit; between them the deterministic probability flow is followed to second order (`angle_step`).
+
+    Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded
+    conditions.
+
+    Args:
+        scheduler: explicit sampling times.
+        residual_scale_hu: HU of one unit of the diffused residual; the value used in training.
+        roi_size: window; None renders the whole volume at once.
+        overlap: fraction of a window shared with the next.
+        seed: with the case name, the only source of randomness.
+        hu_range: limits of the result.
+        cached_windows: encoded conditions kept over the steps; further windows are encoded anew at each step.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: when a window size is not a positive even number or `overlap` is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        scheduler: ListedDDIMScheduler,
+        *,
+        residual_scale_hu: float,
+        roi_size: Sequence[int] | None = None,
+        overlap: float = 0.4,
+        seed: int = 0,
+        hu_range: Sequence[float] = (-1024.0, 3071.0),
+        cached_windows: int = 64,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if roi_size is not None and any(n < 2 or n % 2 for n in roi_size):
+            raise ValueError(f"roi_size: windows must have positive even sizes, got {list(roi_size)}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap: must be in [0, 1), got {overlap}")
+        self.scheduler, self.residual_scale_hu, self.roi_size = scheduler, residual_scale_hu, roi_size
+        self.overlap, self.seed, self.hu_range = overlap, seed, hu_range
+        self.cached_windows, self.progress = cached_windows, progress
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str]
+    ) -> torch.Tensor:
+        """Render a batch.
+
+        Args:
+            inputs: context (B, 6, H, W, D).
+            network: in evaluation mode.
+            cases: name of every sample, which fixes its noise.
+
+        Returns:
+            (B, 1, H, W, D) HU.
+
+        Raises:
+            ValueError: when there is not one name per sample.
+        """
+        return self.render(inputs, network, cases, self.scheduler.timesteps.tolist())
+
+    def render(
+        self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str], times: Sequence[int]
+    ) -> torch.Tensor:
+        """As `__call__`, along the given times."""
+        if len(cases) != len(inputs):
+            raise ValueError(f"cases: one name for each of the {len(inputs)} samples is needed, got {len(cases)}")
+        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        size = tuple(context.shape[2:])
+        noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
+        encoded = self._encode(context, network)
+        residual = self._denoise(pad_to_multiple(noise, 2), encoded, network, times)
+        return self._to_hu(residual, context).clamp(*self.hu_range)
+
+    def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        prior = context[:, _PRIOR : _PRIOR + 1]
+        return at(residual, corner(prior.shape[2:])) * self.residual_scale_hu + prior
+
+    def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> _Encoded:
+        """Conditions of all windows and the moments of the whole volume, padded to even sizes."""
+        context = pad_to_multiple(context, 2)
+        size = context.shape[2:]
+        windows = windows_of(size, self.roi_size or size, self.overlap)
+        packed, grid = [_packed(window) for window in windows], [n // 2 for n in size]
+        cache: dict[int, Condition] = {}
+
+        def condition(index: int) -> Condition:
+            if index in cache:
+                return cache[index]
+            encoded = network.encode(at(context, windows[index]))
+            if len(cache) < self.cached_windows:
+                cache[index] = encoded
+            return encoded
+
+        def moments(index: int) -> torch.Tensor:
+            encoded = condition(index)
+            both = torch.cat([encoded.mean, encoded.sigma.log()], 1)
+            return at(both, corner([axis.stop - axis.start for axis in packed[index]]))
+
+        mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
+        return _Encoded(packed, grid, condition, mean, log_sigma.exp(), label_edges(context[:, :1]))
+
+    def _denoise(
+        self, noise: torch.Tensor, encoded: _Encoded, network: StructDiffUNet, times: Sequence[int]
+    ) -> torch.Tensor:
+        """Scaled residual of a batch of even size: the probability flow in the preconditioned angle, noise to image."""
+        packed, grid, condition, mean, sigma, edge = encoded
+
+        def flow(bands: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
+            return network.flow(at(bands, packed[index]), timesteps, condition(index).features)
+
+        y, previous = to_local(haar_pack(noise), edge), None
+        alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image
+        for t, following in tqdm(
+            list(zip(times, [*times[1:], -1], strict=True)), desc="rendering", disable=not self.progress, leave=False
+        ):
+            timesteps = torch.full((len(noise),), t, dtype=torch.long, device=noise.device)
+            now, then = (
+                angle(*amplitudes(alphas, torch.full_like(timesteps, time), y.ndim), sigma) for time in (t, following)
+            )
+
+            bands = from_local(y, edge)
+            f = to_local(blended(partial(flow, bands, timesteps), packed, grid), edge)
+            y, previous = angle_step(y, f, then - now, previous), (f, then - now)
+        return haar_unpack(mean + from_local(sigma * y, edge))

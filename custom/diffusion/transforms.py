@@ -1,0 +1,256 @@
+"""Dictionary transforms from (image, label) files to what the network reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.networks.layers import GaussianFilter
+from monai.transforms import Randomizable, Transform
+
+from custom.diffusion.moments import MODES
+from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
+from custom.geometry.deformation import sample
+from custom.geometry.registration import template_coordinates
+from custom.runs.files import content_hash
+from custom.volumes.grids import _like, plain, sample_cubic
+from custom.volumes.intensity import label_statistics, noise_sd, split_noise, surrogate_grain
+from custom.volumes.reading import file_of
+
+logger = logging.getLogger(__name__)
+_PSF_SIGMA_VOXELS = 0.5
+
+
+class SplitNoised(Transform):
+    """Add `structure`, the image without its grain, and `surrogate`, grain to put on it; needs `image`, `label`."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Split `image` (1, H, W, D)."""
+        item = dict(data)
+        image, label = plain(item["image"])[0, 0].numpy(), plain(item["label"])[0, 0].numpy()
+        structure, grain = split_noise(image, label)
+        for key, volume in (("structure", structure), ("surrogate", surrogate_grain(grain, label))):
+            item[key] = _like(torch.from_numpy(volume)[None, None], item["image"])
+        return item
+
+
+class LabelStatisticsd(Transform):
+    """Add `statistics` (num_labels, 2): mean and sd in HU of every label, NaN where absent, and `grain_sd` in HU.
+
+    Args:
+        image_key, label_key: a pair on one grid.
+        num_labels: label ids 0 to num_labels - 1.
+    """
+
+    def __init__(self, image_key: str, label_key: str, *, num_labels: int) -> None:
+        self.image_key, self.label_key, self.num_labels = image_key, label_key, num_labels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Measure one item."""
+        image, label = plain(data[self.image_key]), plain(data[self.label_key])
+        statistics = label_statistics(image, label, self.num_labels)
+        return {**data, "statistics": statistics, "grain_sd": noise_sd(image[0, 0].numpy(), label[0, 0].numpy())}
+
+
+def shift_labels(label: torch.Tensor, shift_hu: torch.Tensor) -> torch.Tensor:
+    """Change of each label, (num_labels,) HU, as a volume for ids (1, 1, H, W, D), softened at edges as by a scan."""
+    return GaussianFilter(3, _PSF_SIGMA_VOXELS)(shift_hu[label.long()])
+
+
+class VaryContrastd(Transform):
+    """Render a template as if it had been scanned in another contrast phase, drawn for each case.
+
+    All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
+    has learnt to follow. Needs `template_image`, `template_label` and `statistics`; changes image and statistics.
+
+    Args:
+        contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
+        label_shift_hu: SD of a further shift of every label, or one SD for each label id, background first (that does
+            not count): the contrast of the right heart varies most between patients. Background and texture stay.
+        seed: of the draws, which depend on it and the name of the case alone.
+        contrast_above_hu: see there.
+        plausible_hu: label id -> lowest and highest mean that it can have, HU: shifts beyond are reflected there. A
+            label that starts outside keeps its shift; ids that the label map lacks count for nothing, as in the gate.
+            None: no limits.
+
+    Raises:
+        ValueError: for a negative deviation, a range whose ends are not in order, or another number of deviations than
+            there are labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        contrast_shift_hu: float,
+        label_shift_hu: float | Sequence[float],
+        seed: int,
+        contrast_above_hu: float = 200.0,
+        plausible_hu: Mapping[int | str, Sequence[float]] | None = None,
+    ) -> None:
+        if contrast_shift_hu < 0 or np.min(label_shift_hu) < 0:
+            raise ValueError(
+                f"contrast_shift_hu, label_shift_hu: must not be negative, got {contrast_shift_hu}, {label_shift_hu}"
+            )
+        self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
+        self.seed, self.contrast_above_hu = seed, contrast_above_hu
+        self.plausible_hu = {int(k): (float(low), float(high)) for k, (low, high) in (plausible_hu or {}).items()}
+        for k, (low, high) in self.plausible_hu.items():
+            if not low < high:
+                raise ValueError(f"plausible_hu: label {k} needs a lowest below its highest mean, got {low} and {high}")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change the template of one item."""
+        rng = np.random.default_rng(int(content_hash(f"contrast {self.seed}:{data['case']}".encode()), 16))
+        means = data["statistics"][:, 0]
+        if np.size(self.label_shift_hu) not in (1, len(means)):
+            raise ValueError(
+                f"label_shift_hu: needs one value, or one for each of {len(means)} labels with the background, got "
+                f"{np.size(self.label_shift_hu)}"
+            )
+        shift = torch.as_tensor(rng.normal(0, self.label_shift_hu, len(means)), dtype=torch.float32)
+        shift = shift + float(rng.normal(0, self.contrast_shift_hu)) * (means > self.contrast_above_hu)
+        shift[0] = 0
+        for k, (low, high) in self.plausible_hu.items():
+            if k < len(means) and low <= means[k] <= high:
+                along = (means[k] + shift[k] - low) % (2 * (high - low))  # up to the highest mean and back again
+                shift[k] = low + torch.minimum(along, 2 * (high - low) - along) - means[k]
+        image, label = plain(data["template_image"]), plain(data["template_label"])
+        image = image + shift_labels(label, shift)
+        statistics = label_statistics(image, label, len(means))
+        return {**data, "template_image": _like(image, data["template_image"]), "statistics": statistics}
+
+
+class AlignTemplated(Transform):
+    """Carry `template_image` and `template_label` onto the grid and anatomy of the target mask `label`, training-free.
+
+    Centroid and extent of the heart first, then a diffeomorphic registration of the label maps, applied with one
+    interpolation. Both must already have the orientation and spacing of the target.
+
+    Args:
+        labels: ids that drive the alignment; leave tubular labels out.
+        spacing_mm: spacing of all three volumes.
+    """
+
+    def __init__(self, *, labels: Sequence[int], spacing_mm: Sequence[float]) -> None:
+        self.labels, self.spacing_mm = list(labels), spacing_mm
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Align one item.
+
+        Raises:
+            ValueError: when template and target share none of the labels; names both files.
+        """
+        item = dict(data)
+        template_label, target = plain(item["template_label"]), plain(item["label"])
+        shared = set(template_label.unique().long().tolist()) & set(target.unique().long().tolist()) & set(self.labels)
+        if not shared:
+            raise ValueError(
+                f"{file_of(item['label'])} and template {file_of(item['template_label'])} share none of the labels "
+                f"{self.labels}; check the label mapping or choose another template"
+            )
+        where = template_coordinates(
+            template_label.long(), target.long(), labels=self.labels, spacing_mm=self.spacing_mm
+        )
+        item["template_image"] = _like(sample_cubic(plain(item["template_image"]), where), item["label"])
+        item["template_label"] = _like(sample(template_label, where, mode="nearest"), item["label"])
+        return item
+
+
+class PaintPriord(Transform):
+    """Add `prior` (1, H, W, D) HU and `context` (6, H, W, D), see `custom.diffusion.network.CONTEXT_CHANNELS`.
+
+    Needs `label`, `template_image`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
+
+    Args:
+        nominal_hu: plausible mean HU of every label, background first; paints what no template tells.
+        mode: "template" (mask and template), "mask_only" or "unconditional".
+        thin_labels: ids that are painted only, never shown in the template image (see `prior.fitted_template`).
+        use_prior: False paints a constant instead of the template, for comparison (benchmarks/template_guidance.py).
+
+    Raises:
+        ValueError: on an unknown mode.
+    """
+
+    def __init__(
+        self,
+        *,
+        nominal_hu: Sequence[float],
+        mode: str = "template",
+        thin_labels: Sequence[int] = (),
+        use_prior: bool = True,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: must be one of {MODES}, got {mode!r}")
+        self.nominal_hu, self.mode, self.use_prior = list(nominal_hu), mode, use_prior
+        self.thin_labels = list(thin_labels)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Paint one item."""
+        return self.paint(data, self.mode)
+
+    def paint(self, data: Mapping[Hashable, Any], mode: str) -> dict[Hashable, Any]:
+        """Paint one item in the given mode."""
+        label = plain(data["label"])
+        none = torch.full_like(label, -1)
+        flat = torch.full_like(label, self.nominal_hu[0])
+        target, template, template_label = label, torch.zeros_like(label), none
+        prior, sd = flat, torch.zeros_like(label)
+        if mode == "template":
+            template, template_label = plain(data["template_image"]), plain(data["template_label"])
+        if mode == "template" and self.use_prior:
+            background = template_background(template, template_label)
+            prior, sd = paint_prior(label, self._statistics(data, label), background, float(data["grain_sd"]))
+            template = fitted_template(template, template_label, label, prior, self.thin_labels)
+        elif mode == "mask_only" and self.use_prior:
+            table = torch.tensor(self.nominal_hu)[:, None].expand(-1, 2) * torch.tensor([1.0, 0.0])
+            prior, sd = paint_prior(label, table, flat, 0.0)
+        elif mode == "unconditional":
+            target = none
+        grain = torch.full_like(label, float(data["grain_sd"]) if mode == "template" else 0.0)
+        context = torch.cat([target, template, template_label, prior, sd, grain], 1)
+        return {**data, "prior": _like(prior, data["label"]), "context": _like(context, data["label"])}
+
+    def _statistics(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:
+        table, absent = complete_statistics(data["statistics"], self.nominal_hu)
+        missing = sorted(set(absent) & set(label.unique().long().tolist()) - {0})
+        if missing:
+            logger.warning(
+                "%s: the template shows no label %s; painted at its nominal HU, shifted to the template's contrast",
+                file_of(data["label"]),
+                missing,
+            )
+        return table
+
+
+class RandPaintPriord(PaintPriord, Randomizable):
+    """:class:`PaintPriord` with a random mode, so that one set of weights serves all three.
+
+    Args:
+        nominal_hu, thin_labels, use_prior: as there.
+        mode_prob: probability of "template", "mask_only" and "unconditional".
+    """
+
+    def __init__(
+        self,
+        *,
+        nominal_hu: Sequence[float],
+        mode_prob: Sequence[float] = (0.85, 0.1, 0.05),
+        thin_labels: Sequence[int] = (),
+        use_prior: bool = True,
+    ) -> None:
+        super().__init__(nominal_hu=nominal_hu, thin_labels=thin_labels, use_prior=use_prior)
+        if len(mode_prob) != len(MODES) or abs(sum(mode_prob) - 1) > 1e-6 or min(mode_prob) < 0:
+            raise ValueError(f"mode_prob: one probability for each of {MODES}, summing to 1, got {list(mode_prob)}")
+        self.mode_prob = list(mode_prob)
+
+    def randomize(self, data: Any = None) -> None:
+        """Draw the mode."""
+        self.mode = str(self.R.choice(MODES, p=self.mode_prob))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Draw a mode and paint one item."""
+        self.randomize()
+        return self.paint(data, self.mode)

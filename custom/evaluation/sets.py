@@ -1,0 +1,279 @@
+"""A synthetic data set measured against the real cases that its generator was trained on, and others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from custom.evaluation.distances import (
+    copying_p_value,
+    distance_ratios,
+    frechet_distance,
+    kernel_distance,
+    local_correlation,
+    mean_shifts,
+    ms_ssim,
+    standardised,
+)
+from custom.runs.files import plain_values, write_json
+from custom.runs.tracking import log_run
+from custom.volumes.cases import case_name, check_files
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["SET_MEASURES", "measure_set"]
+
+SET_MEASURES = "set_metrics.json"
+Case = Mapping[str, Any]
+Features = Callable[[NDArray, NDArray], NDArray]
+_THUMBNAIL = 16
+_SHIFTS = 10
+_LIMITS = ("local_correlation", "template_copy")
+
+
+@dataclass
+class _Volumes:
+    """A set of cases: what is small in memory, what is large in files."""
+
+    images: list[str]
+    features: NDArray[np.float64]
+    thumbnails: NDArray[np.float64]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def view(self, index: int) -> tuple[NDArray, NDArray]:
+        """Image in [0, 1] and heart of a case on the common grid."""
+        content = np.load(self.folder / f"{index}.npz")
+        return content["view"].astype(np.float32), content["heart"]
+
+    def nearest(self, thumbnail: NDArray, count: int) -> list[int]:
+        """Cases that look most like a thumbnail, best first."""
+        return np.argsort(-self.thumbnails @ thumbnail, kind="stable")[:count].tolist()
+
+
+def _gather(cases: Sequence[Case], read: Callable[[Case], Case], features: Features, folder: Path) -> _Volumes:
+    folder.mkdir()
+    vectors, thumbnails = [], []
+    for index, case in enumerate(tqdm(cases, desc=f"{folder.name} cases read", leave=False)):
+        item = read({key: case[key] for key in ("image", "label")})
+        image, label, view, inside = (np.asarray(item[k])[0] for k in ("image", "label", "view", "inside"))
+        vectors.append(np.asarray(features(image, label.round().astype(np.int64)), dtype=np.float64).ravel())
+        if len(vectors[-1]) != len(vectors[0]):
+            raise ValueError(
+                f"features: all cases must give equally many, got {len(vectors[0])}, and {len(vectors[-1])} of "
+                f"{case['image']}"
+            )
+        small = F.adaptive_avg_pool3d(torch.as_tensor(view)[None], _THUMBNAIL).numpy().ravel().astype(np.float64)
+        thumbnails.append((small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-9))
+        np.savez(folder / str(index), view=view.astype(np.float16), heart=inside > 0)
+    return _Volumes([str(case["image"]) for case in cases], np.array(vectors), np.array(thumbnails), folder)
+
+
+def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:
+    """Training cases, and the templates of the records that are not among them."""
+    known = {Path(case["image"]).resolve() for case in training}
+    more = {record["template"]["image"]: record["template"]["label"] for record in records}
+    extra = [{"image": image, "label": label} for image, label in more.items() if Path(image).resolve() not in known]
+    return [*training, *extra]
+
+
+def _diversity(volumes: _Volumes, max_pairs: int, rng: np.random.Generator) -> dict[str, float]:
+    """MS-SSIM of pairs of one set: of all, or of as many as allowed, drawn at random."""
+    pairs = np.stack(np.triu_indices(len(volumes), 1), 1)
+    chosen = np.sort(rng.permutation(len(pairs))[:max_pairs])
+    values = [ms_ssim(volumes.view(i)[0], volumes.view(j)[0]) for i, j in tqdm(pairs[chosen], "pairs", leave=False)]
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values)),
+        "highest": max(values),
+        "pairs": len(values),
+        "of": len(pairs),
+    }
+
+
+def _closest(volumes: _Volumes, index: int, others: _Volumes, also: Sequence[int], count: int) -> tuple[int, float]:
+    """Which of the others correlates most with a case window by window, and how much; the likeliest are compared."""
+    image, heart = volumes.view(index)
+    candidates = dict.fromkeys([*also, *others.nearest(volumes.thumbnails[index], count)])
+    values = {k: local_correlation(image, others.view(k)[0], heart) for k in candidates}
+    best = max(values, key=lambda k: values[k])
+    return best, values[best]
+
+
+def _feature_measures(scaled: Sequence[NDArray], seed: int) -> dict[str, Any]:
+    """Kernel and Frechet distances, and nearest neighbours among training and held-out cases."""
+    synthetic, training, held_out = scaled
+    sets = {"synthetic": synthetic, "training": training, "held_out": held_out}
+    pairs = (("synthetic", "training"), ("synthetic", "held_out"), ("training", "held_out"))
+    kernel = {f"{a}_{b}": kernel_distance(sets[a], sets[b], seed=seed) for a, b in pairs}
+    try:
+        frechet: dict[str, Any] = {"synthetic_training": frechet_distance(synthetic, training)}
+    except ValueError as refusal:
+        frechet = {"synthetic_training": None, "refused": str(refusal)}
+    return {
+        "kernel_distance": {name: {"value": value, "sd_of_halves": sd} for name, (value, sd) in kernel.items()},
+        "frechet_distance": frechet,
+        "memorisation": {
+            "distance_ratio": _quantiles(distance_ratios(synthetic, training, held_out)),
+            "distance_ratio_of_held_out": _quantiles(distance_ratios(held_out, training, held_out)),
+            "copying_p_value": copying_p_value(synthetic, training, held_out),
+        },
+    }
+
+
+def _largest_shifts(synthetic: NDArray, real: NDArray, names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Features whose mean differs most from that of the real cases, in their standard deviations."""
+    shifts = mean_shifts(synthetic, real)
+    names = names if names is not None else [f"feature {k}" for k in range(len(shifts))]
+    if len(names) != len(shifts):
+        raise ValueError(f"feature_names: one for each of the {len(shifts)} features is needed, got {len(names)}")
+    order = np.argsort(-np.abs(np.nan_to_num(shifts)), kind="stable")[:_SHIFTS]
+    return [{"feature": names[k], "shift_sd": float(shifts[k])} for k in order if np.isfinite(shifts[k])]
+
+
+def _quantiles(values: NDArray) -> dict[str, float]:
+    return {f"p{q}": float(np.nanpercentile(values, q)) for q in (5, 50, 95)}
+
+
+def _case_rows(
+    synthetic: _Volumes, real: _Volumes, records: Sequence[Case], ratios: NDArray, candidates: int
+) -> list[dict[str, Any]]:
+    places = {Path(image).resolve(): k for k, image in enumerate(real.images)}
+    rows = []
+    for i, record in enumerate(tqdm(records, desc="searched for copies", leave=False)):
+        template = places[Path(record["template"]["image"]).resolve()]
+        best, correlation = _closest(synthetic, i, real, [template], candidates)
+        rows.append(
+            {
+                "case": record["case"],
+                "distance_ratio": float(ratios[i]),
+                "most_similar": real.images[best],
+                "local_correlation": correlation,
+                "template_copy": float(record["measures"]["template_copy"]),
+            }
+        )
+    return rows
+
+
+def _near_duplicates(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> list[dict[str, str]]:
+    """Cases that exceed a limit, each with what it exceeds; NaN exceeds nothing."""
+    found = []
+    for row in rows:
+        other = {"local_correlation": f" with {case_name(row['most_similar'])}"}
+        reasons = [f"{k}{other.get(k, '')}: {row[k]:.2f}, at most {v}" for k, v in limits.items() if row[k] > v]
+        if reasons:
+            found.append({"case": row["case"], "reason": "; ".join(reasons)})
+    return found
+
+
+def _check(limits: Mapping[str, float], **sets: Sequence[Case]) -> None:
+    if unknown := sorted(set(limits) - set(_LIMITS)):
+        raise ValueError(f"limits: {unknown} do not exist; the limits are {list(_LIMITS)}")
+    for name, cases in sets.items():
+        if len(cases) < 2:
+            raise ValueError(f"{name}: at least two cases are needed to measure a set, got {len(cases)}")
+        check_files([{key: case[key] for key in ("image", "label")} for case in cases], f"{name} cases")
+
+
+def _numbers(measures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested dictionaries under names joined by dots."""
+    found: dict[str, float] = {}
+    for key, value in measures.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)):
+            found[prefix + key] = float(value)
+    return found
+
+
+def measure_set(
+    output_dir: str,
+    *,
+    synthetic: Sequence[Case],
+    training: Sequence[Case],
+    held_out: Sequence[Case],
+    read: Callable[[Case], Case],
+    features: Features,
+    feature_names: Sequence[str] | None,
+    limits: Mapping[str, float],
+    max_pairs: int,
+    candidates: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    tracking_uri: str | None = None,
+) -> str:
+    """Write `set_metrics.json` of a synthetic data set: realism, diversity, memorisation and near duplicates.
+
+    Features of all cases are kept in memory; volumes on the common grid, 0.8 MB each, in a temporary folder.
+
+    Args:
+        output_dir: of a finished synthesis.
+        synthetic: `image`, `label` and `record` (relative to `output_dir`) of its cases.
+        training: `image` and `label` of what the generator was trained on; templates are added.
+        held_out: the same of real cases that it never saw, two at least.
+        read: `image` and `label` files -> `image` (1, H, W, D) HU and `label` cropped to the heart at one spacing, and
+            on a grid that all cases share `view`, the image in [0, 1], and `inside`, the label.
+        features: image and label (H, W, D) -> vector, as long for every case.
+        feature_names: of the vector's entries; None numbers them.
+        limits: of "local_correlation" and "template_copy"; above, a case is a near duplicate.
+        max_pairs: so many pairs at most are compared for diversity, in the synthetic and in the training set.
+        candidates: so many training cases, those that look most like a synthetic one, are searched for copies, and its
+            template.
+        seed: of pairs and halves.
+        settings: kept in the file.
+        tracking_uri: of MLflow; None leaves that out.
+
+    Returns:
+        path of the file.
+
+    Raises:
+        FileNotFoundError: naming missing files.
+        ValueError: on fewer than two synthetic, training or held-out cases, an unknown limit, or features of different
+            number.
+    """
+    root, rng = Path(output_dir), np.random.default_rng(seed)
+    records = [json.loads((root / case["record"]).read_text()) for case in synthetic]
+    real_cases = _with_templates(training, records)
+    _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
+    with tempfile.TemporaryDirectory() as scratch:
+        made, real, other = (
+            _gather(cases, read, features, Path(scratch) / name)
+            for name, cases in (("synthetic", synthetic), ("training", real_cases), ("held_out", held_out))
+        )
+        all_real = np.concatenate([real.features, other.features])
+        scaled = [standardised(volumes.features, all_real) for volumes in (made, real, other)]
+        rows = _case_rows(made, real, records, distance_ratios(*scaled), candidates)
+        among_real = [_closest(other, i, real, [], candidates)[1] for i in range(len(other))]
+        measures = {
+            "cases": {"synthetic": len(made), "training": len(real), "held_out": len(other)},
+            **_feature_measures(scaled, seed),
+            "largest_shifts": _largest_shifts(made.features, all_real, feature_names),
+            "ms_ssim": {"synthetic": _diversity(made, max_pairs, rng), "training": _diversity(real, max_pairs, rng)},
+            "local_correlation": {
+                "synthetic": _quantiles(np.array([row["local_correlation"] for row in rows])),
+                "held_out": _quantiles(np.array(among_real)),
+            },
+            "near_duplicates": _near_duplicates(rows, limits),
+            "per_case": rows,
+        }
+    path = root / SET_MEASURES
+    options = {**settings, "limits": limits, "max_pairs": max_pairs, "candidates": candidates, "seed": seed}
+    write_json(path, measures | {"settings": plain_values(options)})
+    if tracking_uri:
+        metrics = _numbers(measures) | {"near_duplicates": float(len(measures["near_duplicates"]))}
+        log_run(tracking_uri, root, run_name="measure_set", params=options, metrics=metrics, artifacts=[path])
+    logger.info("measures of %d cases, %d near duplicates: %s", len(rows), len(measures["near_duplicates"]), path)
+    return str(path)

@@ -1,0 +1,1 @@
+"""Shapes on grids: deformation, registration, topology, centre lines, vessels. Labels and tensors only."""

@@ -1,0 +1,120 @@
+"""Velocity fields of new anatomies: mixtures of registrations and what keeps them inside the grid (torch).
+
+Velocities are those of `custom.deformation`: (B, 3, H, W, D) in voxels, components in the order H, W, D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from custom.geometry.deformation import check_spacing, check_volume, sample
+
+__all__ = ["carry_points", "confine", "mixture_coefficients"]
+
+
+def confine(velocity: Tensor, *, spacing_mm: Sequence[float], margin_mm: float) -> Tensor:
+    """Stops the flow through the faces of the grid: the grid is mapped onto itself and nothing leaves it. Ours.
+
+    The component along each axis is faded to zero towards the two faces of that axis, by 3 t^2 - 2 t^3 over
+    `margin_mm`; motion along a face stays.
+
+    Args:
+        velocity: (B, 3, H, W, D), in voxels.
+        spacing_mm: voxel size along each axis, mm.
+        margin_mm: where fading begins, mm from the outermost voxels; 0 stops only these.
+
+    Returns:
+        (B, 3, H, W, D), in voxels.
+
+    Raises:
+        ValueError: if a shape or a length is wrong.
+    """
+    check_volume("velocity", velocity, 3)
+    if margin_mm < 0:
+        raise ValueError(f"margin_mm must not be negative, got {margin_mm}.")
+    confined = velocity.clone()
+    for axis, (size, step) in enumerate(zip(velocity.shape[2:], check_spacing(spacing_mm), strict=True)):
+        voxel = torch.arange(size, dtype=velocity.dtype, device=velocity.device)
+        depth_mm = torch.minimum(voxel, size - 1 - voxel) * step
+        t = (depth_mm / max(margin_mm, 1e-6)).clamp(max=1)
+        shape = [1, 1, 1, 1]
+        shape[axis + 1] = size
+        confined[:, axis] *= (t * t * (3 - 2 * t)).view(shape)
+    return confined
+
+
+def carry_points(points: Tensor, velocity: Tensor, steps: int = 32) -> Tensor:
+    """Moves points as `warp(volume, exponentiate(velocity))` moves voxels: along -velocity, midpoint rule.
+
+    Args:
+        points: (N, 3), in voxels of the grid.
+        velocity: (1, 3, H, W, D), in voxels.
+        steps: of the integration, at least 1.
+
+    Returns:
+        (N, 3), in voxels.
+
+    Raises:
+        ValueError: if a shape is wrong or `steps` is below 1.
+    """
+    check_volume("velocity", velocity, 3)
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"points must be (N, 3) in voxels, got shape {tuple(points.shape)}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+
+    def speed(position: Tensor) -> Tensor:
+        return sample(velocity, position.T[None, :, :, None, None])[0, :, :, 0, 0].T
+
+    position = points.to(velocity.dtype)
+    for _ in range(steps if len(points) else 0):
+        middle = position - speed(position) / (2 * steps)
+        position = position - speed(middle) / steps
+    return position
+
+
+def mixture_coefficients(weights: Tensor, generator: torch.Generator, *, max_z: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Draws how much of each registration goes into a new velocity.
+
+    With one registration, of the source to another reference, a share between 0 and 1. With more, the principal
+    components of the samples {no motion, w_1, ..., w_N} (the source is a reference, too): mean plus sum_k z_k s_k e_k,
+    z_k standard normal within `max_z`, written as coefficients of w_1 ... w_N. Sums of stationary velocities are the
+    log-Euclidean statistics of diffeomorphisms (Arsigny et al. 2006).
+
+    Args:
+        weights: (N, ...) of `custom.geometry.registration.velocity_weights`, N >= 1.
+        generator: the only source of randomness.
+        max_z: limit of each |z_k|, positive.
+
+    Returns:
+        coefficients (N,) of the registrations, and what was drawn: the share (1,), or z (N,), largest component first.
+
+    Raises:
+        ValueError: without registrations, or if `max_z` is not positive.
+    """
+    if len(weights) == 0:
+        raise ValueError(
+            "weights must hold at least one registration, got none; with one reference there is no mixture."
+        )
+    if max_z <= 0:
+        raise ValueError(f"max_z must be positive, got {max_z}.")
+    if len(weights) == 1:
+        share = torch.rand(1, generator=generator)
+        return share, share
+    count = len(weights) + 1
+    samples = torch.cat([torch.zeros_like(weights[:1]), weights]).flatten(1).double()
+    centred = samples - samples.mean(0)
+    _, directions = torch.linalg.eigh(centred @ centred.T)  # the rows sum to 0: the smallest eigenvalue is 0
+    directions = directions.flip(1)[:, :-1]
+    directions = directions - directions.mean(0)  # several eigenvalues are 0 when registrations depend on each other
+    peak = directions.abs().argmax(0, keepdim=True)
+    directions = directions * directions.gather(0, peak).sign()  # an eigenvector's sign is arbitrary
+    z = torch.randn(count - 1, generator=generator, dtype=torch.float64)
+    while bool((outside := z.abs() > max_z).any()):
+        z[outside] = torch.randn(int(outside.sum()), generator=generator, dtype=torch.float64)
+    # s_k e_k = centred^T u_k / sqrt(count - 1), with u_k the eigenvectors of the Gram matrix, which sum to 0
+    share_of_samples = 1 / count + directions @ z / (count - 1) ** 0.5
+    return share_of_samples[1:].float(), z.float()

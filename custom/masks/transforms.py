@@ -1,0 +1,218 @@
+"""Label maps prepared and generated, as dictionary transforms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleToMatch, Spacing, Transform
+
+from custom.geometry.deformation import identity_coordinates
+from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
+from custom.masks.gate import Rules
+from custom.masks.generator import Edits, Generated, MaskGenerator, Motion, NotAcceptedError
+from custom.masks.preparation import LabelMap, Structure, prepare_label_map
+from custom.masks.reference import Neighbour, Reference, register_neighbour
+from custom.runs.files import content_hash, replace_file, write_json
+from custom.volumes.cases import case_name
+from custom.volumes.grids import plain, sample_cubic
+from custom.volumes.reading import LoadVolumesd, file_of
+from custom.volumes.writing import SaveVolumed
+
+logger = logging.getLogger(__name__)
+
+
+class PrepareMaskd(Transform):
+    """Bring `label` (1, H, W, D) towards its intended topology and write what changed as `prepared/<case>.json`.
+
+    Args:
+        structures: label id (a number or its text) -> what it is meant to be.
+        smoothing_mm: see `custom.masks.preparation.prepare_label_map`.
+        output_dir: of the run.
+    """
+
+    def __init__(self, structures: Mapping[Any, Structure], *, smoothing_mm: float, output_dir: str) -> None:
+        self.structures, self.smoothing_mm = by_number(structures), smoothing_mm
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Prepare one item.
+
+        Raises:
+            ValueError: naming the file and the label that cannot be prepared.
+        """
+        label = data["label"]
+        try:
+            prepared, report = prepare_label_map(
+                label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist(), smoothing_mm=self.smoothing_mm
+            )
+        except ValueError as error:
+            raise ValueError(f"{file_of(label)}: {error}") from error
+        absent = [f"{k} ({s.name})" for k, s in self.structures.items() if k not in report]
+        if absent:
+            logger.warning("%s has no label %s; masks made from it will have none, too", file_of(label), absent)
+        content = {"source": file_of(label), "absent": absent, "labels": {str(k): row for k, row in report.items()}}
+        write_json(self.output_dir / PREPARED / f"{data['case']}.json", content)
+        return {**data, "label": MetaTensor(torch.from_numpy(prepared)[None], meta=label.meta)}
+
+
+def by_number(structures: Mapping[Any, Structure]) -> dict[int, Structure]:
+    """Structures of a config, whose keys are texts, by label id.
+
+    Raises:
+        ValueError: when a key is no label id from 1 to 255, or a structure must touch an id that is not described.
+    """
+    try:
+        numbered = {int(k): s for k, s in structures.items()}
+    except ValueError as error:
+        raise ValueError(f"structures: keys must be label ids, got {list(structures)} ({error})") from error
+    for k, structure in numbered.items():
+        if not 1 <= k <= 255:
+            raise ValueError(f"structures: label ids must be 1 to 255, got {k}.")
+        unknown = [other for other in structure.touches if other not in numbered]
+        if unknown:
+            raise ValueError(f"structures: {structure.name} must touch {unknown}, of which no structure is described.")
+    return numbered
+
+
+def label_map_of(volume: torch.Tensor) -> LabelMap:
+    """(1, H, W, D) -> (H, W, D) uint8."""
+    return np.asarray(volume[0]).round().astype(np.uint8)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last digits; a result must not depend on the number of processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class GenerateMaskd(Transform):
+    """Replace `label`, a prepared reference in RAS, by a new label map; adds `record`, what was drawn and measured.
+
+    A rejected item keeps its `label` and has `record["accepted"]` False.
+
+    Args:
+        structures: label id (a number or its text) -> what it is meant to be.
+        seed: of the run; a mask depends on it, its `index` and the content of its source and neighbours alone.
+        motion, edits: how far to move, how to change vessels.
+        rules: limits of acceptance by name, see `custom.masks.gate.Rules`.
+        cache_dir: registrations are kept here, by the content of both label maps.
+        with_image: also deform `image`, the file of the source's image; adds it as `image`.
+
+    Raises:
+        ValueError: on an unknown rule or structure, and on a negative seed.
+    """
+
+    def __init__(
+        self,
+        structures: Mapping[Any, Structure],
+        *,
+        seed: int,
+        motion: Motion,
+        edits: Edits,
+        rules: Mapping[str, Any],
+        cache_dir: str,
+        with_image: bool = False,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}.")
+        self.structures, self.seed, self.motion, self.edits = by_number(structures), seed, motion, edits
+        self.rules, self.cache_dir, self.with_image = Rules.from_config(rules), Path(cache_dir), with_image
+        self.orient = Compose([EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
+        self._source: tuple[str, MaskGenerator] | None = None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Make the mask of one item."""
+        item = dict(data)
+        with _one_thread():
+            generator = self._generator(item)
+            try:
+                made = generator((self.seed, item["index"]))
+            except NotAcceptedError as error:
+                logger.error("%s: %s", item["case"], error)
+                item["record"] = {"accepted": False, "reason": str(error)}
+                return item
+            if self.with_image:
+                item["image"] = self._deformed_image(item, made)
+        item["label"] = MetaTensor(torch.from_numpy(made.label_map)[None], meta=item["label"].meta)
+        neighbours = [case_name(path) for path in item["neighbours"]]
+        item["record"] = {"accepted": True, "source": item["source"], "neighbours": neighbours, **made.record}
+        return item
+
+    def _generator(self, item: Mapping[Hashable, Any]) -> MaskGenerator:
+        """Generator of the item's source; the one last used is kept, items of one source follow one another."""
+        name = file_of(item["label"])
+        if self._source is None or self._source[0] != name:
+            label = item["label"]
+            try:
+                reference = Reference(label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist())
+                neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            generator = MaskGenerator(reference, neighbours, motion=self.motion, edits=self.edits, rules=self.rules)
+            self._source = (name, generator)
+        return self._source[1]
+
+    def _neighbour(self, reference: Reference, label: MetaTensor, path: str) -> Neighbour:
+        """Another prepared reference on the source's spacing, registered or read from the cache."""
+        volume = self.orient(LoadVolumesd("label")({"label": path})["label"])
+        if not torch.allclose(volume.pixdim, label.pixdim, atol=1e-3):
+            logger.info("%s is resampled from %s to %s mm", path, volume.pixdim.tolist(), label.pixdim.tolist())
+            volume = Spacing(pixdim=label.pixdim.tolist(), mode="nearest")(volume)
+        other = label_map_of(volume)
+        parts = [np.ascontiguousarray(m).tobytes() + str(m.shape).encode() for m in (reference.label_map, other)]
+        key = content_hash(*parts, str(reference.spacing_mm).encode(), str(reference.walls).encode())
+        file = self.cache_dir / f"{key}.pt"
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            return Neighbour(kept["label_map"].numpy(), kept["weights"])
+        neighbour = register_neighbour(reference.label_map, other, self.structures, reference.spacing_mm)
+        content = {"label_map": torch.from_numpy(neighbour.label_map), "weights": neighbour.weights}
+        replace_file(file, lambda part: torch.save(content, part))
+        return neighbour
+
+    def _deformed_image(self, item: Mapping[Hashable, Any], made: Generated) -> MetaTensor:
+        image = self.orient(LoadVolumesd("image")({"image": item["image"]})["image"])
+        if image.shape != item["label"].shape or not torch.allclose(image.affine, item["label"].affine, atol=1e-3):
+            image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, item["label"])
+        where = identity_coordinates(made.displacement.shape[2:]) + made.displacement
+        return MetaTensor(sample_cubic(plain(image), where)[0], meta=item["label"].meta)
+
+
+class SaveMaskd(Transform):
+    """Write an accepted `label` and its `image`, if any, then `record`: a case with a record is complete.
+
+    `masks/<case>.nii.gz`, `images/<case>.nii.gz`, `records/<case>.json`, axes as in the source's file.
+
+    Args:
+        output_dir: of the run.
+        with_image: whether items carry an image.
+    """
+
+    def __init__(self, *, output_dir: str, with_image: bool = False) -> None:
+        root = self.output_dir = Path(output_dir)
+        self.writers = [SaveVolumed("label", output_dir=str(root / MASKS), dtype="uint8", original_axes=True)]
+        if with_image:
+            self.writers.append(SaveVolumed("image", output_dir=str(root / IMAGES), original_axes=True))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write one item.
+
+        Raises:
+            OSError: naming the file that could not be written.
+        """
+        for write in self.writers if data["record"]["accepted"] else []:
+            write(data)
+        write_json(self.output_dir / RECORDS / f"{data['case']}.json", {"case": data["case"], **data["record"]})
+        return dict(data)

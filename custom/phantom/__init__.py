@@ -1,0 +1,1 @@
+"""A procedural contrast-enhanced cardiac CT with exact labels."""

@@ -1,0 +1,15 @@
+"""Confidence-aware adaptive learning (CAL) of a segmenter."""
+
+from custom.segmentation.cases import pretraining_cases
+from custom.segmentation.loss import CALLoss, class_weights
+from custom.segmentation.schedule import ConfidenceSchedule
+from custom.segmentation.transforms import LoadConfidenced, PrepareConfidence
+
+__all__ = [
+    "CALLoss",
+    "ConfidenceSchedule",
+    "LoadConfidenced",
+    "PrepareConfidence",
+    "class_weights",
+    "pretraining_cases",
+]

@@ -1,0 +1,122 @@
+"""Cases of a synthetic data set judged, written and listed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.transforms import LoadImage, Transform
+
+from custom.evaluation.gate import Gate, examine, rejections
+from custom.runs.files import file_hash, replace_file, write_json
+from custom.synthesis.cases import _label_mapper, record_of
+from custom.volumes.grids import plain
+from custom.volumes.writing import SaveVolumed
+
+logger = logging.getLogger(__name__)
+
+ACCEPTED, REJECTED = "", "rejected/"
+
+
+class Gated(Transform):
+    """Add `measures` of the image and `rejected`, the limits it breaks.
+
+    Args:
+        limits: by name, see `custom.evaluation.gate.Gate`.
+        thin_labels: ids of vessels.
+    """
+
+    def __init__(self, limits: Mapping[str, Any], *, thin_labels: Sequence[int]) -> None:
+        self.gate, self.thin_labels = Gate.from_config(limits), list(thin_labels)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Judge one item, on the grid of the model."""
+        label, template_label = (plain(data[k])[0, 0].cpu().round().long().numpy() for k in ("label", "template_label"))
+        measures = examine(
+            plain(data["pred"])[0, 0].cpu().numpy(),
+            label,
+            template_statistics=torch.as_tensor(data["statistics"]).tolist(),
+            template=(plain(data["template_image"])[0, 0].cpu().numpy(), template_label),
+            thin_labels=self.thin_labels,
+        )
+        return {**data, "measures": measures, "rejected": rejections(measures, data["score"], self.gate)}
+
+
+class SaveSyntheticd(Transform):
+    """Write image, confidence, label and last the record of a case; what the gate rejected goes to `rejected/`.
+
+    Args:
+        output_dir: of the run.
+        cases: all of the run, as `synthesis_cases` gives them; records keep where an image came from.
+        label_mapping: "from" and "to" ids, applied to the mask as it was to what the network saw.
+    """
+
+    def __init__(
+        self, *, output_dir: str, cases: Sequence[Mapping[str, Any]], label_mapping: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.root, self.renumber = Path(output_dir), _label_mapper(label_mapping)
+        self.sources = {case["case"]: dict(case) for case in cases}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write one item.
+
+        Raises:
+            OSError: naming the file that could not be written.
+        """
+        case, place = data["case"], REJECTED if data["rejected"] else ACCEPTED
+        files = {"image": f"{place}images/{case}.nii.gz", "confidence": f"{place}confidence/{case}.nii.gz"}
+        files["label"] = f"{place}labels/{case}.nii.gz"
+        SaveVolumed("pred", output_dir=str(self.root / place / "images"))(data)
+        SaveVolumed("confidence", output_dir=str(self.root / place / "confidence"), dtype="float32", digits=2)(data)
+        source = self.sources[case]
+        mask = LoadImage()(source["label"])
+        ids = np.asarray(self.renumber(mask.numpy())).astype(np.uint8)
+        label = nib.Nifti1Image(ids, mask.affine.numpy())
+        replace_file(self.root / files["label"], partial(nib.save, label))
+        content = {
+            "case": case,
+            "rejected": data["rejected"],
+            "score_hu": data["score"],
+            "measures": data["measures"],
+            "mask": source["label"],
+            "mask_hash": file_hash(source["label"]),
+            "template": {"image": source["template_image"], "label": source["template_label"]},
+            "paths": files,
+            "files": {file: file_hash(str(self.root / file)) for file in files.values()},
+        }
+        write_json(self.root / "records" / f"{case}.json", content)
+        return dict(data)
+
+
+def write_synthetic_datalist(
+    cases: Sequence[Mapping[str, Any]], output_dir: str, provenance: Mapping[str, Any]
+) -> dict[str, int]:
+    """Write `datalist.json` of the complete cases: "training" what the gate accepted, "rejected" the rest with reasons.
+
+    Several processes write it one after the other, each when it is done, and again while cases are added meanwhile.
+
+    Returns:
+        how many are in each list, and how many are "missing".
+    """
+    root = Path(output_dir)
+    seen: set[tuple[Path, int]] | None = None
+    while seen != (found := {(path, path.stat().st_mtime_ns) for path in (root / "records").glob("*.json")}):
+        seen = found
+        records = [record for case in cases if (record := record_of(output_dir, case))]
+        lists: dict[str, list[dict[str, Any]]] = {"training": [], "rejected": []}
+        for record in sorted(records, key=lambda record: record["case"]):
+            item = {**record["paths"], "score_hu": record["score_hu"], "record": f"records/{record['case']}.json"}
+            if record["rejected"]:
+                lists["rejected"].append(item | {"reasons": record["rejected"]})
+            else:
+                lists["training"].append(item)
+        write_json(root / "datalist.json", {**lists, "provenance": dict(provenance)})
+    counts = {name: len(items) for name, items in lists.items()} | {"missing": len(cases) - len(records)}
+    logger.info("%(training)d synthetic cases, %(rejected)d rejected, %(missing)d missing", counts)
+    return counts

@@ -1,0 +1,160 @@
+"""Contact sheets of volumes, as a radiologist would page through them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+from custom.runs.files import replace_file
+
+WINDOW_HU = (-250.0, 650.0)
+_COLOURS = matplotlib.colormaps["tab20"]
+
+
+def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice of an RAS volume through a voxel, drawn in radiological convention."""
+    x, y, z = centre
+    return [np.flip(np.rot90(plane), 1) for plane in (volume[:, :, z], volume[:, y, :])] + [np.rot90(volume[x])]
+
+
+def heart_centre(label: np.ndarray) -> tuple[int, int, int]:
+    """Voxel at the centre of mass of all labels; the centre of the volume when there is none."""
+    if not (label > 0).any():
+        return tuple(n // 2 for n in label.shape)  # type: ignore[return-value]
+    return tuple(int(round(c)) for c in ndimage.center_of_mass(label > 0))  # type: ignore[return-value]
+
+
+def vessel_projection(image: np.ndarray, label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
+    """Coronal maximum intensity projection (mm of depth all alike) of what lies within 3 voxels of the vessels."""
+    near = ndimage.binary_dilation(np.isin(label, vessel_labels), iterations=3)
+    near &= np.isin(label, [0, *vessel_labels])
+    return np.flip(np.rot90(np.where(near, image, WINDOW_HU[0]).max(1)), 1)
+
+
+def vessel_depth(label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
+    """Front view (D, H, 3) of vessels before the silhouette of all labels, brighter where they lie nearer."""
+    body, vessel = label > 0, np.isin(label, vessel_labels)
+    depth = np.linspace(0.35, 1.0, label.shape[1])[None, :, None]
+    front = np.flip(np.rot90((vessel * depth).max(1)), 1)
+    silhouette = np.flip(np.rot90(body.mean(1)), 1)
+    grey = 0.5 * silhouette / max(float(silhouette.max()), 1e-6)
+    return np.clip(grey[..., None] * np.array([0.6, 0.6, 0.7]) + front[..., None] * np.array([1.0, 0.35, 0.25]), 0, 1)
+
+
+def save_mask_sheet(
+    path: str | os.PathLike, rows: Sequence[tuple[str, np.ndarray]], *, vessel_labels: Sequence[int]
+) -> None:
+    """Write a PNG with one row a label map: axial, coronal and sagittal plane, and its vessels from the front.
+
+    Args:
+        path: PNG, replaced atomically; its folder is made.
+        rows: (title, label), each volume (H, W, D) in RAS.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    colours = np.concatenate([np.zeros((1, 3)), np.array([_COLOURS(i % 20)[:3] for i in range(1, 256)])])
+    for row, (title, label) in zip(axes, rows, strict=True):
+        panels = [colours[plane.astype(int)] for plane in _planes(label, heart_centre(label))]
+        for axis, panel in zip(row, [*panels, vessel_depth(label, vessel_labels)], strict=True):
+            axis.imshow(panel, interpolation="nearest")
+            axis.set_axis_off()
+        row[0].set_title(title, fontsize=9, loc="left")
+    _save(figure, path)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+def case_png(image: np.ndarray, label: np.ndarray, confidence: np.ndarray, *, vessel_labels: Sequence[int]) -> bytes:
+    """PNG of one synthetic case: three planes with outlines, the same with doubt in red, and its vessels.
+
+    Args:
+        image: (H, W, D) HU, in RAS.
+        label: (H, W, D) ids.
+        confidence: (H, W, D), 0 to 1.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    axes = figure.subplots(2, 4)
+    centre = heart_centre(label)
+    planes = zip(_planes(image, centre), _planes(label, centre), _planes(confidence, centre), strict=True)
+    for column, (plane, mask, trust) in enumerate(planes):
+        for row in (0, 1):
+            axes[row, column].imshow(plane, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
+        for index in np.unique(mask)[1:]:
+            axes[0, column].contour(mask == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
+        axes[1, column].imshow(np.ones_like(trust), cmap="autumn", vmin=1, vmax=2, alpha=0.7 * (1 - trust))
+    axes[0, 3].imshow(vessel_projection(image, label, vessel_labels), cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+    axes[1, 3].imshow(vessel_depth(label, vessel_labels))
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    return _png(figure)
+
+
+def histogram_png(values: Sequence[float], *, name: str, bins: int = 20) -> bytes:
+    """PNG of a histogram."""
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(values, bins=bins, color="#4477aa")
+    axis.set_xlabel(name)
+    axis.set_ylabel("cases")
+    return _png(figure)
+
+
+def ranges_png(groups: Mapping[str, Mapping[str, np.ndarray]], *, name: str) -> bytes:
+    """PNG of median and 5 to 95 % range of each label, a colour for each group: {group: {label: values}}."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    figure = Figure(figsize=(9, 0.34 * len(labels) + 1), layout="constrained")
+    axis = figure.subplots()
+    for number, (group, values) in enumerate(groups.items()):
+        rows = [i for i, label in enumerate(labels) if len(values.get(label, ()))]
+        low, middle, high = np.array([np.percentile(values[labels[i]], [5, 50, 95]) for i in rows]).reshape(-1, 3).T
+        at = np.array(rows) + (number - (len(groups) - 1) / 2) * 0.25
+        colour = _COLOURS(2 * number)
+        axis.hlines(at, low, high, color=colour, linewidth=4, label=group)
+        axis.plot(middle, at, "o", color=colour, markeredgecolor="white")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+    axis.legend(fontsize=8)
+    return _png(figure)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    replace_file(Path(path), lambda part: figure.savefig(part, dpi=80))
+
+
+def save_sheet(
+    path: str | os.PathLike, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], *, vessel_labels: Sequence[int]
+) -> None:
+    """Write a PNG with one row a volume: three planes, the axial one with the mask outlined, and a vessel projection.
+
+    Args:
+        path: PNG, replaced atomically; its folder is made.
+        rows: (title, image in HU, label), each volume (H, W, D) in RAS.
+        vessel_labels: ids of the projection.
+    """
+    figure = Figure(figsize=(15, 3.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 5, squeeze=False)
+    for row, (title, image, label) in zip(axes, rows, strict=True):
+        centre = heart_centre(label)
+        planes, masks = _planes(image, centre), _planes(label, centre)
+        panels = [*planes, planes[0], vessel_projection(image, label, vessel_labels)]
+        for axis, panel in zip(row, panels, strict=True):
+            axis.imshow(panel, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
+            axis.set_axis_off()
+        for index in np.unique(masks[0])[1:]:
+            row[3].contour(masks[0] == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
+        row[0].set_title(title, fontsize=9, loc="left")
+    _save(figure, path)

@@ -1,0 +1,269 @@
+"""The bundle's configs do what they say, on files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_target
+from ignite.engine import Events
+from scipy import ndimage
+
+SHARED_BLOCKS = (
+    "label_names",
+    "nominal_hu",
+    "thin_labels",
+    "label_mapping",
+    "spacing_mm",
+    "residual_scale_hu",
+    "network_def",
+)
+
+
+def render(workflow, masks, template, output_dir, weights, **overrides):
+    run = workflow(
+        "inference.json",
+        workflow_type="infer",
+        target_masks=[str(m) for m in masks],
+        templates=[template],
+        output_dir=str(output_dir),
+        ckpt_dir=str(weights),
+        sampling_steps=2,
+        **{**TINY, **overrides},
+    )
+    run.run()
+    run.finalize()
+
+
+def test_blocks_that_stand_in_two_configs_agree():
+    train, inference = (json.loads((CONFIGS / name).read_text()) for name in ("train.json", "inference.json"))
+    for block in SHARED_BLOCKS:
+        assert train[block] == inference[block], block
+
+
+def test_metadata_version_is_in_the_changelog():
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train.json", "train"), ("inference.json", "infer")])
+def test_required_properties_are_present(workflow, cohort, tmp_path, weights, name, kind):
+    overrides = {
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path),
+        **(TINY_TRAINING if kind == "train" else TINY),
+    }
+    if kind == "infer":
+        template = template_of(cohort)
+        overrides |= {"target_masks": [template["label"]], "templates": [template], "ckpt_dir": str(weights)}
+    assert not workflow(name, workflow_type=kind, **overrides).check_properties()
+
+
+def test_training_writes_everything_it_promises(workflow, cohort, tmp_path):
+    run = workflow(
+        "train.json",
+        mlflow=True,
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        ckpt_dir=str(tmp_path / "models"),
+        **TINY_TRAINING,
+    )
+    run.run()
+    run.finalize()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"label_mean_score", "grain_ratio", "vessel_contrast_ratio", "vessel_cl_dice"} <= set(rows[0])
+    assert (tmp_path / "previews/epoch_0002.png").stat().st_size > 10_000
+    assert (tmp_path / "mlflow.db").exists()
+    state = torch.load(tmp_path / "models/model.pt", weights_only=True)
+    assert bool(state["moments.measured"]), "the residual was not measured"
+    assert not bool((state["moments.table"][0] == 1).all()), "the measured table was not kept"
+
+
+def final_weights(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "resume.pt", weights_only=False)
+
+
+def test_killed_training_resumes_to_the_same_weights(workflow, cohort, tmp_path):
+    def start(name):
+        directory = tmp_path / name
+        overrides = {**TINY_TRAINING, "max_epochs": 3, "dataset_dir": str(cohort), "output_dir": str(directory)}
+        return workflow("train.json", ckpt_dir=str(directory / "models"), **overrides)
+
+    start("whole").run()
+
+    def kill(engine):
+        raise KeyboardInterrupt
+
+    broken = start("broken")
+    broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), kill)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    start("broken").run()
+    whole, resumed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken")
+    for part in ("network", "ema"):
+        for key, value in whole[part].items():
+            assert torch.equal(value, resumed[part][key]), (part, key)
+    best = [torch.load(tmp_path / name / "models/model.pt", weights_only=True) for name in ("whole", "broken")]
+    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())
+
+
+def test_evaluation_writes_metrics_of_the_test_cases(workflow, cohort, tmp_path, weights):
+    run = workflow(
+        "train.json",
+        "evaluate.json",
+        workflow_type="train",
+        dataset_dir=str(cohort),
+        output_dir=str(tmp_path),
+        ckpt_dir=str(weights),
+        **TINY_TRAINING,
+    )
+    run.run()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["label_mean_score"] > -60, "a network that keeps to the prior must land near the template's means"
+    assert metrics["grain_ratio"] > 0
+    assert metrics["label_wasserstein"] >= -metrics["label_mean_score"]  # a difference of means is transported, too
+    assert 0 <= metrics["vessel_centreline_recovered"] <= 1
+    assert {"vessel_attached", "vessel_betti_error_0", "vessel_betti_error_1", "vessel_betti_error_2"} <= set(metrics)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
+def test_rendering_lies_on_the_grid_of_its_mask(workflow, cohort, tmp_path, weights, orientation):
+    label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
+    render(workflow, [tmp_path / "target.nii.gz"], template_of(cohort), tmp_path / "out", weights)
+    rendered = nib.load(tmp_path / "out/target_from_subject_000.nii.gz")
+    assert rendered.shape == label.shape
+    assert rendered.get_data_dtype() == np.int16
+    np.testing.assert_allclose(rendered.affine, affine, atol=1e-3)
+    template_image = np.asarray(nib.load(cohort / "images/subject_000.nii.gz").dataobj)
+    template_label = np.asarray(nib.load(cohort / "labels/subject_000.nii.gz").dataobj)
+    image = np.asarray(rendered.dataobj)
+    for chamber in (2, 3, 4, 5):  # without their rims: voxels of 3 mm are interpolated to 2.5 mm
+        inside, template_inside = (ndimage.binary_erosion(ids == chamber) for ids in (label, template_label))
+        assert abs(image[inside].mean() - template_image[template_inside].mean()) < 40, chamber
+
+
+def test_second_run_keeps_complete_results_and_makes_missing_ones_alike(workflow, cohort, tmp_path, weights):
+    masks = [cohort / f"labels/subject_00{i}.nii.gz" for i in (2, 3)]
+    render(workflow, masks, template_of(cohort), tmp_path, weights)
+    first, second = (tmp_path / f"subject_00{i}_from_subject_000.nii.gz" for i in (2, 3))
+    kept, made = first.stat().st_mtime_ns, np.asarray(nib.load(second).dataobj)
+    second.unlink()
+    render(workflow, masks, template_of(cohort), tmp_path, weights)
+    assert first.stat().st_mtime_ns == kept
+    np.testing.assert_array_equal(np.asarray(nib.load(second).dataobj), made)
+    render(workflow, masks, template_of(cohort), tmp_path, weights)  # nothing left to do is no error
+
+
+def test_full_disk_leaves_no_partial_file(workflow, cohort, tmp_path, weights, monkeypatch):
+    def no_space(image, filename):
+        Path(filename).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", no_space)
+    with pytest.raises(RuntimeError):
+        render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path / "out", weights)
+    assert [p for p in (tmp_path / "out").iterdir() if p.is_file()] == []
+
+
+@pytest.mark.parametrize("mode", ["mask_only", "unconditional"])
+def test_one_set_of_weights_renders_without_a_template(workflow, cohort, tmp_path, weights, mode):
+    mask = cohort / "labels/subject_003.nii.gz"
+    render(workflow, [mask], template_of(cohort), tmp_path, weights, mode=mode)
+    image = np.asarray(nib.load(tmp_path / "subject_003.nii.gz").dataobj)
+    chamber = image[np.asarray(nib.load(mask).dataobj) == 3].mean()
+    nominal = json.loads((CONFIGS / "inference.json").read_text())["nominal_hu"]
+    assert abs(chamber - nominal[3 if mode == "mask_only" else 0]) < 40
+
+
+def test_template_missing_a_label_is_painted_and_warned_about(workflow, cohort, tmp_path, weights, capsys):
+    template = template_of(cohort)
+    source = nib.load(template["label"])
+    data = np.asarray(source.dataobj).copy()
+    data[data == 8] = 0
+    template["label"] = str(tmp_path / "without_appendage.nii.gz")
+    nib.save(nib.Nifti1Image(data, source.affine), template["label"])
+    render(workflow, [cohort / "labels/subject_003.nii.gz"], template, tmp_path / "out", weights)
+    assert "the template shows no label [8]" in capsys.readouterr().out
+
+
+def test_weights_of_another_preset_are_named(workflow, cohort, tmp_path, weights):
+    with fails_with("not weights of the configured network"):
+        render(
+            workflow,
+            [cohort / "labels/subject_003.nii.gz"],
+            template_of(cohort),
+            tmp_path,
+            weights,
+            **{"network_def#channels": [8, 16]},
+        )
+
+
+def test_missing_weights_are_named(workflow, cohort, tmp_path):
+    with fails_with("no weights; train first"):
+        render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path, tmp_path / "nowhere")
+
+
+def test_command_line_runs_from_a_foreign_directory(cohort, tmp_path):
+    overrides = {
+        **TINY_TRAINING,
+        "max_epochs": 1,
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path / "out"),
+        "ckpt_dir": str(tmp_path / "out/models"),
+    }
+    arguments = [f"--{key}={value}" for key, value in overrides.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "monai.bundle",
+        "run",
+        "training",
+        "--config_file",
+        str(CONFIGS / "train.json"),
+        "--bundle_root",
+        str(BUNDLE),
+    ]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/models/model.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(cohort, tmp_path):
+    overrides = {
+        **TINY_TRAINING,
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path / "out"),
+        "ckpt_dir": str(tmp_path / "out/models"),
+    }
+    arguments = [f"--{key}={value}" for key, value in overrides.items()]
+    configs = f"['{CONFIGS / 'train.json'}','{CONFIGS / 'multi_gpu_train.json'}']"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "monai.bundle",
+        "run",
+        "training",
+    ]
+    done = subprocess.run(
+        [*command, "--config_file", configs, "--bundle_root", str(BUNDLE), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/models/model.pt").exists()

@@ -1,0 +1,280 @@
+"""Rendering by windows: exact where the predictor is local, independent of batch, order and cache."""
+
+import itertools
+
+import pytest
+import torch
+
+from custom.diffusion.moments import label_edges
+from custom.diffusion.network import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.diffusion.sampler import StructDiffInferer, blended, case_noise, windows_of
+from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack
+
+SIZES = [(17, 24, 9), (16, 16, 16), (33, 7, 20)]
+SCALE_HU = 100.0
+
+
+def even(size):
+    return tuple(n + n % 2 for n in size)
+
+
+class LocalNetwork:
+    """Flow and moments that are functions of one block, so cutting into windows must not change the result."""
+
+    def __init__(self):
+        self.encoded = []
+        self.alphas_cumprod = ListedDDIMScheduler().alphas_cumprod
+
+    def encode(self, context):
+        self.encoded.append(tuple(context.shape[2:]))
+        bands = haar_pack(context[:, :4])
+        sigma = (0.002 * bands[:, 8:16]).exp()
+        return Condition(bands, 0.003 * bands[:, 24:], sigma, label_edges(context[:, :1]))
+
+    def flow(self, y, timesteps, features):
+        assert y.shape[2:] == features.shape[2:]
+        time = timesteps.view(-1, 1, 1, 1, 1) / 2000
+        return (0.2 + time) * y - 0.01 * features[:, :8] + 0.001 * features[:, 8:16]
+
+
+def make_context(size, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    context = 100 * torch.randn(batch, len(CONTEXT_CHANNELS), *size, generator=generator)
+    context[:, 4:] = 100  # HU: the residual unit is 1
+    context[:, [0, 2]] = torch.randint(0, 3, (batch, 2, *size), generator=generator).float()
+    return context
+
+
+def make_inferer(times=3, **options):
+    return StructDiffInferer(ListedDDIMScheduler(times), residual_scale_hu=SCALE_HU, **options)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network = StructDiffUNet(num_labels=3, channels=(8, 16, 16), condition_channels=6).eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data.normal_(0, 0.02)
+    network.moments.set_table(torch.full_like(network.moments.table, 0.5))
+    return network
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("roi", [(8, 8, 8), (16, 6, 32), (2, 64, 12)])
+@pytest.mark.parametrize("size", [*map(even, SIZES), (2, 2, 4)])
+def test_windows_cover_the_volume_from_even_starts_to_even_stops(size, roi, overlap):
+    seen = torch.zeros(size)
+    for window in windows_of(size, roi, overlap):
+        for part, limit, n in zip(window, roi, size, strict=True):
+            assert part.start % 2 == part.stop % 2 == 0
+            assert 0 < part.stop - part.start <= limit
+            assert part.stop <= n
+        seen[window] += 1
+    assert seen.min() >= 1
+
+
+def test_windows_share_the_asked_overlap():
+    starts = sorted({window[0].start for window in windows_of((64, 16, 16), (16, 16, 16), 0.5)})
+    assert starts == [0, 8, 16, 24, 32, 40, 48]
+
+
+@pytest.mark.parametrize("size", map(even, SIZES))
+def test_a_window_as_large_as_the_volume_is_the_only_one(size):
+    whole = [tuple(slice(0, n) for n in size)]
+    assert windows_of(size, [64, 64, 64], 0.4) == windows_of(size, size, 0.4) == whole
+    assert len(windows_of(size, [n - 2 for n in size], 0.4)) == 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_without_a_window_the_whole_volume_is_encoded_once(size):
+    local = LocalNetwork()
+    make_inferer()(make_context(size), local, ["a"])
+    assert local.encoded == [even(size)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_large_window_is_the_whole_volume_bit_for_bit(network, size):
+    context = make_context(size)
+    whole = make_inferer()(context, network, ["a"])
+    assert torch.equal(make_inferer(roi_size=[64, 64, 64])(context, network, ["a"]), whole)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.4])
+@pytest.mark.parametrize("size", SIZES)
+def test_windows_of_a_local_predictor_change_nothing(size, overlap):
+    context = make_context(size, 2)
+    whole = make_inferer()(context, LocalNetwork(), ["a", "b"])
+    windowed = make_inferer(roi_size=[8, 8, 8], overlap=overlap)(context, LocalNetwork(), ["a", "b"])
+    assert windowed.shape == (2, 1, *size)
+    torch.testing.assert_close(windowed / SCALE_HU, whole / SCALE_HU, rtol=0, atol=1e-5)
+
+
+class FlatNetwork(LocalNetwork):
+    """Moments that differ by channel but not in space; the flow is y / 4 + 1 / 2."""
+
+    mean = torch.linspace(-1, 1, 8).view(1, 8, 1, 1, 1)
+    sigma = torch.linspace(0.2, 2, 8).view(1, 8, 1, 1, 1)
+
+    def encode(self, context):
+        grid = [n // 2 for n in context.shape[2:]]
+        mean, sigma = (part.expand(len(context), -1, *grid) for part in (self.mean, self.sigma))
+        return Condition(torch.zeros(len(context), 1, *grid), mean, sigma, label_edges(context[:, :1]))
+
+    def flow(self, y, timesteps, features):
+        return y / 4 + haar_pack(torch.full((len(y), 1, *(2 * n for n in y.shape[2:])), 0.5))
+
+
+@pytest.mark.parametrize("edge", [False, True], ids=["bands", "voxels"])
+def test_one_step_rendering_is_an_euler_step_of_the_case_noise_in_the_local_basis(edge):
+    """One network call: y = noise - psi F, psi the angle of the time; sigma y + mean, times the scale, plus the prior.
+
+    Without label faces sigma belongs to bands, with faces everywhere (a chequerboard) to single voxels.
+    """
+    context = make_context((6, 4, 4))
+    parity = torch.stack(torch.meshgrid(*map(torch.arange, (6, 4, 4)), indexing="ij")).sum(0) % 2
+    context[:, 0] = parity if edge else 1
+    result = make_inferer([600], seed=7)(context, FlatNetwork(), ["patient"])
+    alpha = ListedDDIMScheduler([600]).alphas_cumprod[600]
+    x = case_noise((1, 6, 4, 4), 7, "patient")[None]
+    if edge:
+        sigma, pack, unpack = depth_to_space(FlatNetwork.sigma.expand(1, 8, 3, 2, 2)), lambda v: v, lambda v: v
+    else:
+        sigma, pack, unpack = FlatNetwork.sigma, haar_pack, haar_unpack
+    psi = torch.atan2((1 - alpha).sqrt(), alpha.sqrt() * sigma)
+    residual = unpack(sigma * pack(x - unpack(psi * pack(x / 4 + 0.5))))
+    residual = residual + haar_unpack(FlatNetwork.mean.expand(1, 8, 3, 2, 2))
+    torch.testing.assert_close(result, SCALE_HU * residual + context[:, 3:4], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_gaussian_residual_keeps_mean_and_spread_at_any_number_of_steps(steps):
+    """With F = 0, the exact answer for Gaussian grain, the result is mean + sigma noise; DDIM would shrink it."""
+    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4).eval()  # fresh: F = 0
+    network.moments.set_table(torch.full_like(network.moments.table, 0.3))
+    torch.nn.init.constant_(network.moments.linear.bias, 0.08)  # units of 500 HU
+    context = torch.zeros(1, len(CONTEXT_CHANNELS), 12, 12, 12)
+    context[:, 4:] = 100  # HU: the residual unit is 1
+    context[:, 0, 3:8, 3:8, 3:8] = 4
+    result = make_inferer(steps, seed=2)(context, network, ["patient"])
+    expected = SCALE_HU * (0.4 + 0.3 * case_noise((1, 12, 12, 12), 2, "patient")[None])
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+
+
+def test_result_is_clamped_to_the_range():
+    context = make_context((8, 8, 8))
+    result = make_inferer(hu_range=(-20.0, 35.0))(context, LocalNetwork(), ["a"])
+    assert result.min() == -20
+    assert result.max() == 35
+
+
+def test_blending_weighs_by_distance_and_keeps_constants():
+    def block(value, window):
+        return torch.full((1, 2, *(axis.stop - axis.start for axis in window)), float(value))
+
+    windows = windows_of((20, 10, 12), (8, 8, 8), 0.4)
+    assert len(windows) > 8
+    result = blended(lambda index: block(3, windows[index]), windows, (20, 10, 12))
+    torch.testing.assert_close(result, torch.full((1, 2, 20, 10, 12), 3.0))
+    pair = [(slice(0, 8), slice(0, 8), slice(0, 8)), (slice(4, 12), slice(0, 8), slice(0, 8))]
+    ramp = blended(lambda index: block(index, pair[index]), pair, (12, 8, 8))[0, 0, :, 4, 4]
+    assert ramp[:4].tolist() == [0.0] * 4
+    assert ramp[8:].tolist() == [1.0] * 4
+    assert (ramp[3:9].diff() > 0).all()
+    torch.testing.assert_close(ramp, 1 - ramp.flip(0))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_window_is_predicted_once(count):
+    pair = [(slice(0, 4),) * 3, (slice(4, 8), slice(0, 4), slice(0, 4))][:count]
+    asked = []
+    blended(lambda index: asked.append(index) or torch.zeros(1, 8, 4, 4, 4), pair, (4 * count, 4, 4))
+    assert asked == list(range(count))
+
+
+def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
+    """Zero padding, group norms and attention see the cut.
+
+    Measured with these random weights: 8 %, 7 % and 3 % of the residual's spread for windows of 24, 32 and 48 voxels.
+    """
+    context = make_context((64, 24, 24))
+    prior, inner = context[:, 3:4], (..., *[slice(6, -6)] * 3)
+    whole = (make_inferer()(context, network, ["a"]) - prior)[inner]
+    differences = []
+    for size, overlap in ((24, 0.66), (32, 0.5), (48, 0.5)):
+        windowed = make_inferer(roi_size=[size, 24, 24], overlap=overlap)(context, network, ["a"]) - prior
+        differences.append(float((windowed[inner] - whole).std() / whole.std()))
+    assert differences == sorted(differences, reverse=True), differences
+    assert differences[0] < 0.12, differences
+    assert 1e-3 < differences[-1] < 0.05, differences
+
+
+@pytest.mark.parametrize("roi", [None, [8, 8, 8]], ids=["whole", "windows"])
+def test_a_case_does_not_depend_on_its_batch_or_order(network, roi):
+    names = ["a", "b", "c"]
+    context = make_context((16, 9, 12), 3)
+    inferer = make_inferer(roi_size=roi)
+    alone = [inferer(context[i : i + 1], network, [names[i]]) for i in range(3)]
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
+        together = inferer(context[order], network, [names[i] for i in order])
+        expected = torch.cat([alone[i] for i in order])
+        torch.testing.assert_close(together / SCALE_HU, expected / SCALE_HU, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [0, 1, 3])
+def test_bounded_cache_changes_the_work_but_not_the_result(network, cached):
+    context = make_context((20, 8, 16))
+    full = make_inferer(roi_size=[8, 8, 8])(context, network, ["a"])
+    assert torch.equal(make_inferer(roi_size=[8, 8, 8], cached_windows=cached)(context, network, ["a"]), full)
+    local = LocalNetwork()
+    make_inferer(4, roi_size=[8, 8, 8], cached_windows=cached)(context, local, ["a"])
+    windows = len(windows_of((20, 8, 16), (8, 8, 8), 0.4))
+    assert windows > 3
+    assert len(local.encoded) == cached + (1 + 4) * (windows - cached)  # once for the moments, then at every step
+    assert set(local.encoded) == {(8, 8, 8)}
+
+
+def test_rendering_records_no_gradients_and_leaves_the_context_alone(network):
+    context = make_context((8, 8, 8))
+    before = context.clone()
+    assert not make_inferer()(context, network, ["a"]).requires_grad
+    assert torch.equal(context, before)
+
+
+def test_case_noise_depends_on_seed_and_name_only():
+    torch.manual_seed(1)
+    noise = case_noise((1, 9, 8, 7), 3, "patient_01")
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(case_noise((1, 9, 8, 7), 3, "patient_01"), noise)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator was not touched
+    for seed, name in ((4, "patient_01"), (3, "patient_02"), (3, "")):
+        other = case_noise((1, 9, 8, 7), seed, name)
+        assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < 0.2
+
+
+def test_case_noise_is_standard_normal_and_new_for_every_case():
+    draws = torch.stack([case_noise((1, 16, 16, 16), seed, name) for seed, name in itertools.product(range(3), "abc")])
+    assert draws.mean().abs() < 0.02
+    assert abs(float(draws.std()) - 1) < 0.02
+    assert (torch.corrcoef(draws.flatten(1)) - torch.eye(9)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("roi", [[8, 8, 7], [0, 8, 8], [8, -2, 8]])
+def test_odd_or_empty_windows_are_refused(roi):
+    with pytest.raises(ValueError, match="roi_size: windows must have positive even sizes, got") as error:
+        make_inferer(roi_size=roi)
+    assert str(roi) in str(error.value)
+
+
+@pytest.mark.parametrize("overlap", [1.0, -0.1])
+def test_overlap_out_of_range_is_refused(overlap):
+    with pytest.raises(ValueError, match=rf"overlap: must be in \[0, 1\), got {overlap}"):
+        make_inferer(overlap=overlap)
+
+
+def test_every_sample_needs_a_name():
+    with pytest.raises(ValueError, match="cases: one name for each of the 2 samples is needed, got 1"):
+        make_inferer()(make_context((8, 8, 8), 2), LocalNetwork(), ["a"])

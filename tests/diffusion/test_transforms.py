@@ -1,0 +1,398 @@
+"""What the transforms write, voxel by voxel."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Spacingd
+from scipy import ndimage
+
+from custom.diffusion.moments import MODES, context_modes
+from custom.diffusion.network import CONTEXT_CHANNELS
+from custom.diffusion.transforms import (
+    AlignTemplated,
+    LabelStatisticsd,
+    PaintPriord,
+    RandPaintPriord,
+    SplitNoised,
+    VaryContrastd,
+)
+from custom.volumes.grids import InvertImaged, plain, sample_cubic
+from custom.volumes.intensity import label_statistics, noise_sd
+
+SIZE = (14, 12, 13)
+NOMINAL_HU = [-60.0, 100.0, 400.0, 330.0]
+AFFINE = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def volume(values):
+    return MetaTensor(values, affine=AFFINE, meta={"filename_or_obj": "/data/case.nii.gz"})
+
+
+def box(label, index, start, stop):
+    label[(slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))] = index
+
+
+def target():
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (3, 3, 3), (11, 9, 10))
+    box(label, 2, (5, 5, 5), (9, 7, 8))
+    box(label, 3, (2, 4, 4), (3, 6, 6))  # a thin label on the outside
+    return volume(label)
+
+
+def template():
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (4, 3, 3), (12, 10, 9))
+    box(label, 2, (6, 5, 5), (10, 8, 7))
+    box(label, 3, (2, 8, 3), (4, 10, 7))
+    return volume(label)
+
+
+STATISTICS = torch.tensor([[-80.0, 30.0], [120.0, 11.0], [420.0, 22.0], [300.0, 33.0]])
+
+
+def make_item():
+    label = template()
+    image = STATISTICS[:, 0][label.as_tensor().long()] + 5 * noise(1, *SIZE)
+    return {
+        "label": target(),
+        "template_image": volume(image),
+        "template_label": label,
+        "statistics": STATISTICS,
+        "grain_sd": 17.0,
+        "case": "a",
+    }
+
+
+def paint(mode, item=None, **options):
+    return PaintPriord(nominal_hu=NOMINAL_HU, mode=mode, **options)(make_item() if item is None else item)
+
+
+def channels(result):
+    assert result["context"].shape == (len(CONTEXT_CHANNELS), *SIZE)
+    return dict(zip(CONTEXT_CHANNELS, result["context"].as_tensor(), strict=True))
+
+
+# Painting
+
+
+def test_with_a_template_labels_wear_its_statistics_and_the_background_is_its_own():
+    item = make_item()
+    result = paint("template")
+    context, label = channels(result), item["label"][0].as_tensor()
+    assert torch.equal(context["target_label"], label)
+    assert torch.equal(context["template_label"], item["template_label"][0].as_tensor())
+    for index in (1, 2, 3):
+        assert context["prior_hu"][label == index].unique().tolist() == [STATISTICS[index, 0]]
+        assert context["prior_sd_hu"][label == index].unique().tolist() == [STATISTICS[index, 1]]
+    background = context["prior_hu"][label == 0]
+    assert (background + 80).abs().max() < 15  # its heart, of 120 to 420 HU, is filled from around
+    assert background.std() > 0.1
+    assert context["prior_sd_hu"][label == 0].unique().tolist() == [17.0]
+    assert context["grain_sd_hu"].unique().tolist() == [17.0]
+
+
+def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
+    label = target()[0].as_tensor()
+    context = channels(paint("mask_only"))
+    assert torch.equal(context["target_label"], label)
+    assert torch.equal(context["prior_hu"], torch.tensor(NOMINAL_HU)[label.long()])
+    assert context["template_label"].unique().tolist() == [-1]
+    for name in ("template_image_hu", "prior_sd_hu", "grain_sd_hu"):
+        assert not context[name].any(), name
+
+
+def test_unconditional_context_tells_nothing():
+    context = channels(paint("unconditional"))
+    expected = dict(zip(CONTEXT_CHANNELS, (-1, 0, -1, NOMINAL_HU[0], 0, 0), strict=True))
+    assert {name: part.unique().tolist() for name, part in context.items()} == {k: [v] for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_network_reads_the_mode_from_the_context(mode):
+    assert MODES[context_modes(paint(mode)["context"][None].as_tensor())] == mode
+
+
+@pytest.mark.parametrize("mode", ["mask_only", "unconditional"])
+def test_without_a_template_no_template_is_asked_for(mode):
+    alone = paint(mode, {"label": target()})
+    assert torch.equal(alone["context"], paint(mode)["context"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prior_is_a_channel_of_the_context_and_both_lie_on_the_grid_of_the_mask(mode):
+    result = paint(mode)
+    assert result["prior"].shape == (1, *SIZE)
+    assert torch.equal(result["prior"][0].as_tensor(), channels(result)["prior_hu"])
+    for key in ("prior", "context"):
+        assert torch.equal(result[key].affine, AFFINE), key
+    assert result["case"] == "a"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_prior_the_paint_is_flat_and_the_rest_of_the_context_stays(mode):
+    context, usual = channels(paint(mode, use_prior=False)), channels(paint(mode))
+    assert context["prior_hu"].unique().tolist() == [NOMINAL_HU[0]]
+    assert context["prior_sd_hu"].unique().tolist() == [0]
+    for name in ("target_label", "template_label", "grain_sd_hu"):
+        assert torch.equal(context[name], usual[name]), name
+    shown = make_item()["template_image"][0].as_tensor() if mode == "template" else torch.zeros(SIZE)
+    assert torch.equal(context["template_image_hu"], shown)
+
+
+@pytest.mark.parametrize("thin_labels", [[], [3]], ids=["none thin", "one thin"])
+def test_the_template_image_gives_way_to_the_prior_where_it_shows_another_anatomy(thin_labels):
+    item = make_item()
+    image, own, label = (item[key][0].as_tensor() for key in ("template_image", "template_label", "label"))
+    foreign = own != label
+    assert foreign.any()
+    if thin_labels:
+        near_own = ndimage.binary_dilation((own == 3).numpy(), np.ones((5, 5, 5)))
+        foreign |= torch.from_numpy(near_own) | (label == 3)
+    context = channels(paint("template", thin_labels=thin_labels))
+    assert torch.equal(context["template_image_hu"], torch.where(foreign, context["prior_hu"], image))
+    assert torch.equal(context["template_label"], own)
+
+
+def test_a_label_the_template_lacks_is_painted_near_its_nominal_value():
+    """The others lie 20 HU above theirs; the sd is the median of the others."""
+    item = make_item()
+    item["statistics"] = STATISTICS.clone()
+    item["statistics"][3] = torch.nan
+    context = channels(paint("template", item))
+    thin = item["label"][0].as_tensor() == 3
+    assert context["prior_hu"][thin].unique().tolist() == [NOMINAL_HU[3] + 20]
+    assert context["prior_sd_hu"][thin].unique().tolist() == [11.0]
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"mode: must be one of \('template', 'mask_only', .*\), got 'image'"):
+        PaintPriord(nominal_hu=NOMINAL_HU, mode="image")
+
+
+# Random modes
+
+
+def drawn(count, seed=0, **options):
+    transform = RandPaintPriord(nominal_hu=NOMINAL_HU, **options)
+    transform.set_random_state(seed=seed)
+    modes = []
+    for _ in range(count):
+        transform.randomize()
+        modes.append(transform.mode)
+    return modes
+
+
+def test_modes_come_as_often_as_asked_and_by_the_seed():
+    modes = drawn(3000, mode_prob=(0.6, 0.1, 0.3))
+    for mode, share in zip(MODES, (0.6, 0.1, 0.3), strict=True):
+        assert modes.count(mode) / 3000 == pytest.approx(share, abs=0.03)  # three standard errors
+    assert drawn(50) == drawn(50) != drawn(50, seed=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("use_prior", [True, False])
+def test_a_random_transform_paints_as_the_plain_one_in_the_mode_it_drew(mode, use_prior):
+    options = {"thin_labels": [3], "use_prior": use_prior}
+    sure = RandPaintPriord(nominal_hu=NOMINAL_HU, mode_prob=[float(m == mode) for m in MODES], **options)
+    assert torch.equal(sure(make_item())["context"], paint(mode, **options)["context"])
+
+
+@pytest.mark.parametrize("mode_prob", [(0.5, 0.5), (0.5, 0.4, 0.2), (1.2, -0.1, -0.1), (0.2, 0.2, 0.2)])
+def test_bad_probabilities_of_modes_are_refused(mode_prob):
+    with pytest.raises(ValueError, match="mode_prob: one probability for each of .*summing to 1, got") as error:
+        RandPaintPriord(nominal_hu=NOMINAL_HU, mode_prob=mode_prob)
+    assert str(list(mode_prob)) in str(error.value)
+
+
+# Splitting and measuring
+
+
+def scan(grain_hu, size=(20, 18, 16)):
+    label = torch.zeros(1, *size)
+    box(label, 1, (3, 3, 3), (17, 15, 13))
+    return {"image": volume(300 * label - 50 + grain_hu * noise(1, *size)), "label": volume(label)}
+
+
+def test_structure_and_grain_sum_to_the_image_and_the_surrogate_is_as_strong_as_the_grain():
+    item = scan(30.0)
+    result = SplitNoised()(item)
+    inside = item["label"].as_tensor() > 0
+    grain = (item["image"] - result["structure"]).as_tensor()
+    assert grain[inside].std() == pytest.approx(30, rel=0.25)
+    assert result["structure"].as_tensor()[inside].std() < 15
+    torch.testing.assert_close(
+        result["surrogate"].as_tensor().std(correction=0), grain[inside].std(correction=0), rtol=1e-3, atol=0
+    )
+    assert abs(np.corrcoef(result["surrogate"].numpy().ravel(), grain.numpy().ravel())[0, 1]) < 0.1
+    for key in ("structure", "surrogate"):
+        assert result[key].shape == item["image"].shape
+        assert torch.equal(result[key].affine, AFFINE)
+
+
+def test_an_image_without_grain_is_all_structure():
+    item = scan(0.0)
+    result = SplitNoised()(item)
+    assert torch.equal(result["structure"], item["image"])
+    assert not result["surrogate"].any()
+
+
+def test_statistics_are_measured_on_the_named_pair():
+    item = {f"template_{key}": value for key, value in scan(30.0).items()}
+    result = LabelStatisticsd("template_image", "template_label", num_labels=3)(item)
+    image, label = (item[key].as_tensor() for key in ("template_image", "template_label"))
+    torch.testing.assert_close(result["statistics"], label_statistics(image, label, 3), equal_nan=True)
+    assert result["statistics"][:, 0].tolist() == pytest.approx([-50, 250, np.nan], abs=3, nan_ok=True)
+    assert result["grain_sd"] == noise_sd(image[0].numpy(), label[0].numpy()) == pytest.approx(30, rel=0.1)
+
+
+# Alignment
+
+
+def test_a_template_on_its_own_mask_stays_where_it_is():
+    item = make_item() | {"label": template()}
+    result = AlignTemplated(labels=[1, 2], spacing_mm=[2.0] * 3)(item)
+    assert (result["template_label"] != item["template_label"]).float().mean() < 0.01
+    difference = (result["template_image"] - item["template_image"]).as_tensor()[item["template_label"] == 1]
+    assert difference.abs().median() < 5
+
+
+def test_a_shifted_template_is_carried_onto_the_target_grid():
+    size = (18, 12, 13)
+    label, moved = torch.zeros(1, *SIZE), torch.zeros(1, *size)
+    box(label, 1, (3, 3, 3), (10, 9, 10))
+    box(moved, 1, (8, 3, 3), (15, 9, 10))
+    item = {"label": volume(label), "template_label": volume(moved), "template_image": volume(400 * moved)}
+    result = AlignTemplated(labels=[1], spacing_mm=[2.0] * 3)(item)
+    for key in ("template_label", "template_image"):
+        assert result[key].shape == (1, *SIZE)
+        assert torch.equal(result[key].affine, AFFINE)
+    overlap = ((result["template_label"] == 1) & (label == 1)).sum() / (label == 1).sum()
+    assert overlap > 0.9
+    assert result["template_image"][label == 1].mean() > 350
+
+
+def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
+    with pytest.raises(
+        ValueError, match=r"case.nii.gz and template /data/case.nii.gz share none of the labels \[7, 9\]"
+    ):
+        AlignTemplated(labels=[7, 9], spacing_mm=[2.0] * 3)(make_item())
+
+
+# Reading
+
+
+def test_plain_strips_metadata_and_adds_the_batch():
+    result = plain(volume(torch.ones(1, 2, 3, 4, dtype=torch.int16)))
+    assert type(result) is torch.Tensor
+    assert result.shape == (1, 1, 2, 3, 4)
+    assert result.dtype == torch.float32
+
+
+def test_cubic_reading_returns_voxels_at_voxels_cubics_between_and_edges_outside():
+    axis = torch.arange(20.0)
+    cubic = (axis**3 / 50 - axis**2 / 3).view(1, 1, 20, 1, 1).expand(1, 1, 20, 5, 5)
+    where = torch.zeros(1, 3, 4, 1, 1)
+    where[:, 1:] = 2
+    where[0, 0, :, 0, 0] = torch.tensor([7.0, 9.5, -30.0, 40.0])
+    read = sample_cubic(cubic, where)
+    assert read.shape == (1, 1, 4, 1, 1)
+    expected = [7**3 / 50 - 7**2 / 3, 9.5**3 / 50 - 9.5**2 / 3, 0, 19**3 / 50 - 19**2 / 3]
+    assert read.flatten().tolist() == pytest.approx(expected, abs=0.01)
+
+
+def test_images_come_back_to_a_finer_mask_by_linear_interpolation():
+    """`Invertd` would follow the trace of the label, which is "nearest": a ramp would come back as a staircase."""
+    label = MetaTensor(torch.zeros(1, 24, 12, 12), affine=torch.diag(torch.tensor([0.75, 0.75, 0.75, 1.0])))
+    forward = Compose([Spacingd("label", pixdim=(1.5, 1.5, 1.5), mode="nearest")])
+    item = forward({"label": label})
+    ramp = torch.arange(12.0)[None, :, None, None].expand(1, 12, 6, 6) * 100
+    back = InvertImaged("pred", transform=forward, orig_keys="label")({**item, "pred": MetaTensor(ramp.clone())})
+    steps = back["pred"][0, 2:-2, 6, 6].diff()
+    assert back["pred"].shape == label.shape
+    torch.testing.assert_close(back["pred"].affine, label.affine)
+    torch.testing.assert_close(steps.as_tensor(), torch.full_like(steps, 50).as_tensor(), atol=5, rtol=0)
+    assert back["label"].shape == item["label"].shape
+
+
+def scanned(case="a"):
+    """A template with a bright label 2 and a dark label 1, its statistics, and no grain."""
+    label = torch.zeros(1, *SIZE)
+    box(label, 1, (8, 2, 2), (13, 10, 11))
+    box(label, 2, (1, 2, 2), (7, 10, 11))
+    label, image = volume(label), volume(torch.tensor([-60.0, 100.0, 400.0])[label.long()])
+    statistics = label_statistics(plain(image), plain(label), 3)
+    return {"template_image": image, "template_label": label, "statistics": statistics, "case": case}
+
+
+def test_contrast_varies_by_label_and_what_is_filled_varies_together():
+    vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=0.0, seed=1)
+    item, given = vary(scanned()), scanned()
+    change = item["statistics"][:, 0] - given["statistics"][:, 0]
+    assert abs(float(change[2])) > 5
+    assert float(change[1]) == pytest.approx(0, abs=0.1)
+    inside = ndimage.binary_erosion(plain(item["template_label"])[0, 0].numpy() != 2, iterations=3)
+    moved = (plain(item["template_image"]) - plain(given["template_image"]))[0, 0].numpy()
+    assert np.abs(moved[inside]).max() < 1e-3, "what is not filled must stay"
+    measured = label_statistics(plain(item["template_image"]), plain(item["template_label"]), 3)
+    torch.testing.assert_close(item["statistics"], measured)
+
+
+def test_contrast_depends_on_seed_and_case_alone():
+    def change(case, seed):
+        vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=20.0, seed=seed)
+        vary(scanned("another"))
+        return plain(vary(scanned(case))["template_image"])
+
+    assert torch.equal(change("a", 0), change("a", 0))
+    assert not torch.equal(change("a", 0), change("b", 0))
+    assert not torch.equal(change("a", 0), change("a", 1))
+
+
+def test_contrast_shifts_have_the_stated_deviation():
+    vary = VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=30.0, seed=0)
+    centre = (0, 4, 6, 6)  # deep in label 2
+    shifts = [float(vary(scanned(str(i)))["template_image"][centre]) - 400 for i in range(200)]
+    assert np.std(shifts) == pytest.approx(30, rel=0.15)
+    with pytest.raises(ValueError, match="contrast_shift_hu, label_shift_hu: must not be negative"):
+        VaryContrastd(contrast_shift_hu=-1.0, label_shift_hu=0.0, seed=0)
+
+
+def test_shifts_are_reflected_where_a_mean_would_be_implausible():
+    """Label 2 has 400 HU, label 1 has 100 HU: a shift of label 2 to 400 + s is folded into 350 to 450."""
+    limits = {"2": [350.0, 450.0], "1": [120.0, 200.0]}
+    free, bound = (
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu=plausible)
+        for plausible in (None, limits)
+    )
+    centres, folded = {1: (0, 10, 6, 6), 2: (0, 4, 6, 6)}, 0
+    for case in map(str, range(40)):
+        wild, kept = free(scanned(case))["template_image"], bound(scanned(case))["template_image"]
+        assert float(kept[centres[1]]) == pytest.approx(float(wild[centres[1]])), "it starts outside its range"
+        drawn, expected = float(wild[centres[2]]), float(wild[centres[2]])
+        while not 350 <= expected <= 450:
+            expected = 700 - expected if expected < 350 else 900 - expected
+        assert float(kept[centres[2]]) == pytest.approx(expected, abs=1e-3)
+        folded += drawn != expected
+    assert folded > 5
+    VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu={"7": [0, 1]})(scanned())
+    with pytest.raises(ValueError, match="plausible_hu: label 2 needs a lowest below its highest mean"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=80.0, seed=0, plausible_hu={"2": [450.0, 350.0]})
+
+
+def test_each_label_may_have_a_deviation_of_its_own():
+    vary = VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[50.0, 0.0, 30.0], seed=0)
+    given, centre = scanned(), (0, 4, 6, 6)
+    changes = [vary(scanned(str(i)))["template_image"] - given["template_image"] for i in range(200)]
+    assert np.std([float(change[centre]) for change in changes]) == pytest.approx(30, rel=0.15)
+    statistics = vary(scanned("0"))["statistics"] - given["statistics"]
+    assert float(statistics[1, 0]) == pytest.approx(0, abs=0.1)
+    with pytest.raises(ValueError, match="label_shift_hu: needs one value, or one for each of 3 labels"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[1.0, 2.0], seed=0)(given)
+    with pytest.raises(ValueError, match="must not be negative"):
+        VaryContrastd(contrast_shift_hu=0.0, label_shift_hu=[0.0, -2.0, 1.0], seed=0)

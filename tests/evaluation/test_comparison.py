@@ -1,0 +1,63 @@
+"""Segmenters beside each other."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from custom.evaluation.comparison import label_table, paired_table, read_evaluations
+
+NAN = float("nan")
+
+
+def write(folder, rows, columns=("case", "label", "dice", "hd95_mm")):
+    folder.mkdir(exist_ok=True)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return str(folder)
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    first = [("a", "heart", 0.5, 4.0), ("a", "vessel", 0.25, ""), ("b", "heart", 0.75, 2.0), ("b", "vessel", 0.5, 6.0)]
+    other = [("a", "heart", 1.0, 3.0), ("a", "vessel", 0.5, 8.0), ("b", "heart", 0.5, 4.0), ("b", "vessel", 1.0, 5.0)]
+    return {"first": write(tmp_path / "first", first), "other": write(tmp_path / "other", other)}
+
+
+def test_values_are_read_by_case_and_label_and_gaps_are_nan(evaluations):
+    read = read_evaluations(evaluations)
+    assert list(read) == ["first", "other"]
+    assert read["first"]["b", "vessel"] == {"dice": 0.5, "hd95_mm": 6.0}
+    assert np.isnan(read["first"]["a", "vessel"]["hd95_mm"])
+
+
+def test_a_label_has_its_mean_over_the_cases_that_define_it(evaluations):
+    columns, rows = label_table(read_evaluations(evaluations), "hd95_mm")
+    assert columns == ["label", "first", "other"]
+    assert rows == [["heart", 3.0, 3.5], ["vessel", 6.0, 6.5]]
+
+
+def test_differences_are_paired_by_case_and_better_means_lower_for_distances(evaluations):
+    columns, rows = paired_table(
+        read_evaluations(evaluations), [("dice", None), ("dice", "vessel"), ("hd95_mm", "heart")]
+    )
+    assert columns == ["measure", "segmenter", "mean", "minus first", "cases better"]
+    assert rows[0] == ["dice, all labels", "first", 0.5, 0.0, ""]
+    assert rows[1] == ["dice, all labels", "other", 0.75, 0.25, "2 of 2"]
+    assert rows[3] == ["dice, vessel", "other", 0.75, 0.375, "2 of 2"]
+    assert rows[5] == ["hd95_mm, heart", "other", 3.5, 0.5, "1 of 2"]
+
+
+def test_a_measure_that_no_label_has_is_left_out(tmp_path):
+    folder = write(tmp_path / "x", [("a", "heart", 0.5, "")])
+    assert label_table(read_evaluations({"x": folder}), "hd95_mm")[1] == []
+
+
+def test_an_evaluation_that_is_missing_or_of_other_cases_is_named(evaluations, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"labels.csv: no evaluation of 'third'; run evaluate.json"):
+        read_evaluations({**evaluations, "third": str(tmp_path / "nowhere")})
+    odd = write(tmp_path / "odd", [("a", "heart", 0.5, 4.0)])
+    with pytest.raises(ValueError, match=r"labels.csv: its cases or labels are not those of 'first'"):
+        read_evaluations({**evaluations, "odd": odd})

@@ -1,0 +1,160 @@
+"""What several test files share: places, small options, ways to run and to break a run, volumes made up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from scipy import ndimage
+
+from custom.geometry.topology import betti_numbers, components_touching
+from custom.geometry.vessels import VesselTree, draw
+from custom.masks.preparation import Structure
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+BUNDLE, SEG_BUNDLE = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
+
+
+CONFIGS = BUNDLE / "configs"
+
+
+TINY = {"network_def#channels": [8, 8], "network_def#condition_channels": 4, "spacing_mm": [3.0, 3.0, 3.0]}
+
+
+TINY_TRAINING = {
+    **TINY,
+    "roi_size": [24, 24, 24],
+    "roi_margin": 8,
+    "samples_per_epoch": 4,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "val_cases": 1,
+    "sampling_steps": 2,
+}
+
+
+LOCK = """
+import os, sys, time
+from custom.runs.folders import lock_folder
+lock_folder(sys.argv[1])
+if os.fork() == 0:  # a worker that outlives its parent
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def other_process_at_work(folder: Path) -> Iterator[subprocess.Popen]:
+    """Another process, with a forked worker, that holds the lock of a folder."""
+    command = [sys.executable, "-c", LOCK, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def workflow_of(bundle: Path) -> Callable[..., ConfigWorkflow]:
+    """How to build and initialise a workflow from config names and overrides; logging to MLflow is left out."""
+
+    def build(*names: str, workflow_type: str = "train", mlflow: bool = False, **overrides: Any) -> ConfigWorkflow:
+        torch.set_num_threads(1)
+        result = ConfigWorkflow(
+            config_file=[str(bundle / "configs" / name) for name in names],
+            meta_file=str(bundle / "configs/metadata.json"),
+            logging_file=str(bundle / "configs/logging.conf"),
+            workflow_type=workflow_type,
+            bundle_root=str(bundle),
+            **overrides,
+        )
+        if not mlflow:
+            for section in ("train", "validate"):
+                if section in result.parser.config:
+                    handlers = result.parser[section]["handlers"]
+                    result.parser[section]["handlers"] = [h for h in handlers if "MLFlow" not in str(h)]
+        result.initialize()
+        return result
+
+    return build
+
+
+def template_of(cohort, subject="subject_000"):
+    return {"image": str(cohort / f"images/{subject}.nii.gz"), "label": str(cohort / f"labels/{subject}.nii.gz")}
+
+
+@contextlib.contextmanager
+def fails_with(text):
+    """MONAI wraps errors in others; the reason stands somewhere in the chain that the user sees."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        yield
+    chain, error = [], caught.value
+    while error is not None:
+        chain.append(str(error))
+        error = error.__cause__ or error.__context__
+    assert any(text in message for message in chain), chain
+
+
+def write_target(cohort, path, orientation):
+    """The test subject's label map in another orientation, an oblique frame, or on an anisotropic grid."""
+    source = nib.load(cohort / "labels/subject_003.nii.gz")
+    data, affine = np.asarray(source.dataobj), source.affine.copy()
+    if orientation == "LPS":
+        data, affine = data[::-1, ::-1], affine @ np.diag([-1, -1, 1, 1.0])
+        affine[:3, 3] = source.affine[:3, :3] @ np.array([57, 57, 0]) + source.affine[:3, 3]
+    elif orientation == "oblique":
+        angle = np.deg2rad(12)
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        affine = turn @ affine
+    elif orientation == "anisotropic":
+        data, affine = data[:, :, ::2], affine @ np.diag([1, 1, 2, 1.0])
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(data), affine), path)
+    return np.ascontiguousarray(data), affine
+
+
+def airway():
+    """A trachea that forks, in a lung: another organ. Its tree is one tubular label that must touch the larynx."""
+    points = np.array([[22, 22, 36], [22, 22, 27], [12, 19, 14], [33, 25, 14], [8, 22, 7], [37, 21, 7]], float)
+    edges = np.array([[0, 1], [1, 2], [1, 3], [2, 4], [3, 5]])
+    tree = VesselTree(points, np.array([3.5, 3.0, 2.0, 2.0, 1.5, 1.5]), edges, np.array([0]))
+    grid = np.stack(np.meshgrid(*map(np.arange, (44, 44, 48)), indexing="ij"), -1)
+    label = np.zeros((44, 44, 48), np.uint8)
+    label[(((grid - [22, 22, 17]) / [20, 17, 15]) ** 2).sum(-1) <= 1] = 1
+    label[np.abs(grid - [22, 22, 43]).max(-1) <= 3] = 3
+    label[draw(tree, label.shape, (1.0, 1.0, 1.0))] = 2
+    return label
+
+
+ORGAN = {1: Structure("lung"), 2: Structure("airway", tubular=True, touches=(3,)), 3: Structure("larynx")}
+
+
+def assert_kept(new, source, structures):
+    for k, structure in structures.items():
+        assert betti_numbers(new == k) == betti_numbers(source == k), structure.name
+        for other in structure.touches:
+            touching, total = components_touching(new == k, new == other)
+            assert touching == total > 0
+
+
+def smooth_volume(seed, size=64):
+    """A structure of its own with values in [0, 1]."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(size,) * 3), 3)
+    return np.clip(0.5 + 0.2 * field / field.std(), 0, 1)

@@ -1,0 +1,356 @@
+"""Synthetic data sets: templates chosen, confidence calibrated, images gated, nothing lost between runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, fails_with, other_process_at_work, template_of
+
+from custom.evaluation.gate import Gate, examine, rejections
+from custom.synthesis.cases import synthesis_cases
+
+CONFIGS = ("inference.json", "synthesize.json")
+MAPPING = {"from": [11], "to": [0]}
+
+
+def options(cohort, weights, folder):
+    return {
+        **TINY,
+        "mask_datalist": str(folder / "masks.json"),
+        "template_datalist": str(cohort / "datalist.json"),
+        "ckpt_dir": str(weights),
+        "sampling_steps": 2,
+        "strides": [2, 3],
+        "contrast_shift_hu": 0.0,
+        "label_shift_hu": 0.0,
+        "report#tracking_uri": None,
+        "gate#min_vessel_contrast": None,
+        "gate#min_vessel_continuity": None,
+    }
+
+
+def run(workflow, *names, **overrides):
+    work = workflow(*names, workflow_type="infer", **overrides)
+    work.run()
+    work.finalize()
+
+
+@pytest.fixture
+def masks(cohort, tmp_path):
+    """A list of two masks, one with an id that the mapping drops, on an LPS grid."""
+    for index in (2, 3):
+        image = nib.load(cohort / f"labels/subject_00{index}.nii.gz")
+        label = np.asarray(image.dataobj).astype(np.uint8)[::-1, ::-1].copy()
+        label[:3, :3, :3] = 11
+        affine = image.affine @ np.diag([-1, -1, 1, 1])
+        nib.save(nib.Nifti1Image(label, affine), tmp_path / f"mask_{index}.nii.gz")
+    items = [{"label": f"mask_{index}.nii.gz", "source": str(cohort / "labels/subject_001.nii.gz")} for index in (2, 3)]
+    (tmp_path / "masks.json").write_text(json.dumps({"training": items}))
+    return tmp_path
+
+
+def calibrate(workflow, cohort, weights, folder, **overrides):
+    run(
+        workflow,
+        *CONFIGS,
+        "calibrate.json",
+        **(options(cohort, weights, folder) | {"mask_datalist": str(cohort / "datalist.json")} | overrides),
+    )
+
+
+def test_a_gate_that_names_few_limits_leaves_the_drawn_contrast_without_ranges(workflow):
+    few, default = (
+        workflow(*CONFIGS, workflow_type="infer", **more).parser for more in ({"gate": {"max_score_hu": 40}}, {})
+    )
+    assert few.get_parsed_content("plausible_hu") == {}
+    assert default.get_parsed_content("plausible_hu") == default.get("gate")["hu_ranges"] != {}
+
+
+def test_contrast_varies_in_synthesis_and_not_in_calibration(workflow):
+    """Calibration compares with true images, which are not varied."""
+    varied, truth = (workflow(*CONFIGS, *more, workflow_type="infer").parser for more in ((), ("calibrate.json",)))
+    shifts = varied["label_shift_hu"]
+    assert len(shifts) == len(varied["label_names"])
+    assert shifts[0] == 0, "the background stays"
+    assert min(shifts[1:]) > 0
+    assert varied["contrast_shift_hu"] > 0
+    assert truth["contrast_shift_hu"] == truth["label_shift_hu"] == 0
+
+
+@pytest.mark.parametrize("method", ["predicted_variance", "skip_sampling"])
+def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights, masks, tmp_path, method):
+    table = tmp_path / "confidence.json"
+    settings = options(cohort, weights, masks) | {"confidence_table": str(table), "method": method}
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(table), method=method)
+    content = json.loads(table.read_text())
+    assert np.shape(content["tau_hu2"]) == (11,)
+    assert content["method"] == method
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out), template_choice="source")
+    listed = json.loads((out / "datalist.json").read_text())
+    assert len(listed["training"]) == 2
+    assert listed["rejected"] == []
+    for item, index in zip(listed["training"], (2, 3), strict=True):
+        assert "from_subject_001" in item["image"]  # the template that the masks were made from
+        image, label, trust = (nib.load(out / item[key]) for key in ("image", "label", "confidence"))
+        mask = nib.load(masks / f"mask_{index}.nii.gz")
+        for volume in (image, label, trust):
+            assert volume.shape == mask.shape
+            np.testing.assert_allclose(volume.affine, mask.affine, atol=1e-4)
+        ids = np.asarray(mask.dataobj)
+        np.testing.assert_array_equal(np.asarray(label.dataobj), np.where(ids == 11, 0, ids))
+        values = np.asarray(trust.dataobj)
+        assert values.min() >= 0.04
+        assert values.max() <= 1.0
+        assert 0.5 < (values >= 0.5).mean()
+        assert item["score_hu"] >= 0
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    files = sorted((out / "images").iterdir())
+    before = [path.read_bytes() for path in files]
+    stamps = [path.stat().st_mtime_ns for path in files]
+    files[0].write_bytes(b"damaged")
+    with other_process_at_work(out), fails_with("is at work on part 0 of this run"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    assert files[0].read_bytes() == b"damaged"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    after = [nib.load(path).get_fdata() for path in files]
+    (tmp_path / "old.nii.gz").write_bytes(before[0])
+    np.testing.assert_array_equal(after[0], nib.load(tmp_path / "old.nii.gz").get_fdata())
+    assert files[1].stat().st_mtime_ns == stamps[1]
+    with fails_with("seed: 0 there, 5 now"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out), seed=5)
+
+
+def test_two_processes_make_what_one_makes(workflow, cohort, weights, masks, tmp_path, monkeypatch):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "one"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "two"))
+        assert len(list((tmp_path / "two/images").iterdir())) == 2 - int(rank)
+    one, two = (json.loads((tmp_path / name / "datalist.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    for item in one["training"]:
+        for key in ("image", "label", "confidence"):
+            values = [np.asarray(nib.load(tmp_path / name / item[key]).dataobj) for name in ("one", "two")]
+            np.testing.assert_array_equal(*values)
+
+
+def test_a_changed_mask_is_rendered_anew_and_a_broken_record_too(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    shutil.copy(masks / "mask_3.nii.gz", masks / "mask_2.nii.gz")
+    next(iter((out / "records").glob("mask_3*"))).write_text("")
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
+
+
+def test_incomplete_cases_are_not_listed(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    out = tmp_path / "out"
+    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    next((out / "images").glob("mask_3*")).unlink()
+    run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=0, shards=2)  # the other process's case is broken
+    listed = json.loads((out / "datalist.json").read_text())
+    assert [item["image"] for item in listed["training"]] == [f"images/{p.name}" for p in (out / "images").iterdir()]
+    with fails_with("shard: must be 0 to 1 of 2 shards, got 2"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=2, shards=2)
+
+
+def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, masks, tmp_path):
+    with fails_with("a synthetic data set is made in mode 'template', got 'mask_only'"):
+        run(workflow, *CONFIGS, **options(cohort, weights, masks), output_dir=str(tmp_path / "out"), mode="mask_only")
+
+
+def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
+    image, label = painted(vessel_hu=-60.0)
+    means = [*MEANS[:9], -70.0, np.nan]
+    measures = examine(image, label, template_statistics=table(means), template=None, thin_labels=[9])
+    assert np.isnan(measures["vessel_contrast"])
+    assert np.isnan(measures["vessel_continuity"])
+    assert rejections(measures, 5.0, Gate.from_config({"hu_ranges": None})) == []
+
+
+def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    settings["gate#hu_ranges"] = {"3": [900, 1000]}
+    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+    listed = json.loads((tmp_path / "out/datalist.json").read_text())
+    assert listed["training"] == []
+    for item in listed["rejected"]:
+        assert item["reasons"][0].startswith("hu_ranges: label 3 has ")
+        assert (tmp_path / "out" / item["image"]).is_file()
+        assert item["image"].startswith("rejected/images/")
+
+
+def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohort, weights, masks, tmp_path):
+    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+    with fails_with("c.json: no confidence table; run calibrate.json with these weights first"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    with fails_with("was made with method predicted_variance, not skip_sampling"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
+    with fails_with("was made with calls [2], not [3]"):
+        run(workflow, *CONFIGS, **{**settings, "sampling_steps": 3}, output_dir=str(tmp_path / "out"))
+    with fails_with("was made with spacing_mm [3.0, 3.0, 3.0], not [4.0, 4.0, 4.0]"):
+        run(workflow, *CONFIGS, **{**settings, "spacing_mm": [4.0] * 3}, output_dir=str(tmp_path / "out"))
+    shutil.copytree(weights, tmp_path / "other")
+    state = torch.load(tmp_path / "other/model.pt", weights_only=True)
+    torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other/model.pt")
+    with fails_with("was made with weights "):
+        run(workflow, *CONFIGS, **{**settings, "ckpt_dir": str(tmp_path / "other")}, output_dir=str(tmp_path / "out"))
+    table = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(table | {"tau_hu2": [[tau] * 5 for tau in table["tau_hu2"]]}))
+    with fails_with("was made by an older version, by label and edge distance; calibrate anew"):
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def cases_of(cohort, choice, **changes):
+    masks = [{"label": str(cohort / f"labels/subject_00{k}.nii.gz"), "source": "x/subject_000.nii.gz"} for k in (2, 3)]
+    templates = [template_of(cohort, f"subject_00{k}") for k in (0, 1, 2)]
+    settings = {"images_per_mask": 1, "seed": 0, "num_labels": 11, "label_mapping": MAPPING, **changes}
+    return [c["case"] for c in synthesis_cases(masks, templates, choice=choice, **settings)]
+
+
+def test_templates_are_chosen_as_asked(cohort):
+    assert cases_of(cohort, "source") == ["subject_002_from_subject_000", "subject_003_from_subject_000"]
+    assert cases_of(cohort, "nearest")[0] == "subject_002_from_subject_002"
+    assert len(cases_of(cohort, "all")) == 6
+    drawn = cases_of(cohort, "random", images_per_mask=2)
+    assert drawn == cases_of(cohort, "random", images_per_mask=2)
+    assert len(set(drawn)) == 4
+    assert any(cases_of(cohort, "random", seed=s) != cases_of(cohort, "random") for s in range(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("choice", "changes", "message"),
+    [
+        ("best", {}, r"template_choice: must be one of \('source', 'nearest', 'random', 'all'\), got 'best'"),
+        ("random", {"images_per_mask": 4}, r"images_per_mask: must be 1 to the 3 templates, got 4"),
+    ],
+)
+def test_impossible_choices_are_refused(cohort, choice, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cases_of(cohort, choice, **changes)
+
+
+def test_a_mask_without_a_template_of_its_source_is_refused(cohort):
+    mask = {"label": str(cohort / "labels/subject_002.nii.gz"), "source": "elsewhere/patient_7.nii.gz"}
+    with pytest.raises(
+        ValueError, match=r"0 templates, not one, have the label elsewhere/patient_7.nii.gz that it was"
+    ):
+        synthesis_cases(
+            [mask],
+            [template_of(cohort)],
+            choice="source",
+            images_per_mask=1,
+            seed=0,
+            num_labels=11,
+            label_mapping=MAPPING,
+        )
+
+
+def painted(vessel_hu=300.0, chamber_hu=400.0):
+    label = np.zeros((30, 30, 30), np.int64)
+    label[3:12, 3:12, 3:12] = 3
+    label[20:22, 20:22, 4:26] = 9
+    image = np.full(label.shape, -60.0, np.float32)
+    image[label == 3], image[label == 9] = chamber_hu, vessel_hu
+    return image, label
+
+
+def table(means):
+    """Means with an SD of 10 HU each."""
+    return [[mean, 10.0] for mean in means]
+
+
+MEANS = [-60.0, np.nan, np.nan, 400.0, *[np.nan] * 5, 300.0, np.nan]
+
+
+def test_measures_of_a_perfect_image_are_those_of_its_template():
+    image, label = painted()
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert measures["label_error_hu"] == {3: pytest.approx(0)}
+    assert measures["vessel_contrast"] == pytest.approx(1)
+    assert measures["vessel_continuity"] == 1
+    assert np.isnan(measures["template_copy"])
+    assert rejections(measures, 5.0, Gate()) == []
+
+
+def test_faint_broken_and_copied_images_are_named():
+    image, label = painted(vessel_hu=60.0)
+    image[20:22, 20:22, 14:26] = -60
+    noise = np.random.default_rng(0).normal(0, 20, image.shape).astype(np.float32)
+    measures = examine(
+        image + noise, label, template_statistics=table(MEANS), template=(image + noise, label), thin_labels=[9]
+    )
+    gate = Gate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
+    names = [line.split(":")[0] for line in rejections(measures, 5.0, gate)]
+    assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
+    off = Gate(None, None, {}, None, None, None, None)
+    assert rejections(measures, 5.0, off) == []
+
+
+def test_vessels_one_voxel_wide_are_continuous_too():
+    label = np.zeros((20, 20, 30), np.int64)
+    label[10, 10, 3:27] = 9
+    image = np.where(label == 9, 300.0, -60.0).astype(np.float32)
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert measures["vessel_continuity"] == 1
+    image[10, 10, 12:18] = -60
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert measures["vessel_continuity"] == pytest.approx(1 - 6 / 24, abs=2.1 / 24)
+
+
+def test_an_image_need_not_show_more_of_its_vessels_than_its_template():
+    image, label = painted()
+    image[20:22, 20:22, 15:26] = -60  # half of the branch has faded, in the image and in the template
+    means = [*MEANS[:9], float(image[label == 9].mean()), np.nan]
+    alone, beside = (
+        examine(image, label, template_statistics=table(means), template=template, thin_labels=[9])["vessel_continuity"]
+        for template in (None, (image, label))
+    )
+    assert alone == pytest.approx(0.5, abs=0.06)
+    assert beside == 1
+
+
+def test_a_label_drowned_in_noise_is_named():
+    image, label = painted()
+    noise = np.random.default_rng(0).normal(0, 30, image.shape).astype(np.float32)
+    measures = examine(image + noise, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert measures["label_sd_ratio"] == {3: pytest.approx(3, rel=0.1)}
+    assert [line.split(" times")[0] for line in rejections(measures, 5.0, Gate())] == [
+        f"max_label_sd_ratio: label 3 has {measures['label_sd_ratio'][3]:.1f}"
+    ]
+
+
+def test_a_label_off_its_template_is_named():
+    image, label = painted(chamber_hu=300.0)
+    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    assert rejections(measures, 5.0, Gate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
+
+
+def test_unknown_limits_are_refused():
+    with pytest.raises(ValueError, match=r"gate: \['max_scor'\] do not exist; the limits are \['max_label_error_hu'"):
+        Gate.from_config({"max_scor": 3})
+    assert Gate.from_config({"hu_ranges": {"3": [1, 2]}}).hu_ranges == {3: (1.0, 2.0)}

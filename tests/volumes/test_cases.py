@@ -1,0 +1,209 @@
+"""Lists of cases: what is read, what is refused and by which name."""
+
+import json
+
+import pytest
+
+from custom.segmentation.cases import pretraining_cases
+from custom.volumes.cases import case_name, check_files, load_cases, pending, rendering_cases
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A datalist of two training cases and one for validation, beside its files."""
+    for name in ("images/a.nii.gz", "images/b.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz", "c.nii", "d.nii"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    write(
+        tmp_path / "datalist.json",
+        training=[
+            {"image": "images/a.nii.gz", "label": "labels/a.nii.gz", "weight": 2.5, "age": 60},
+            {"image": "images/b.nii.gz", "label": "labels/b.nii.gz"},
+        ],
+        validation=[{"image": "c.nii", "label": "d.nii"}],
+    )
+    return tmp_path
+
+
+def write(path, **sections):
+    path.write_text(json.dumps(sections))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/x/a.nii.gz", "a"), ("a.nii", "a"), ("b.c/a.v1.nii.gz", "a.v1"), ("a.nii.nii.gz", "a.nii"), ("a", "a")],
+)
+def test_case_name_drops_folder_and_ending(path, name):
+    assert case_name(path) == name
+
+
+def test_cases_have_absolute_paths_name_and_weight_and_nothing_else(folder):
+    first, second = load_cases(str(folder / "datalist.json"), "training")
+    assert first == {
+        "image": str(folder / "images/a.nii.gz"),
+        "label": str(folder / "labels/a.nii.gz"),
+        "case": "a",
+        "weight": 2.5,
+    }
+    assert (second["case"], second["weight"]) == ("b", 1.0)
+
+
+def test_relative_paths_are_relative_to_the_datalist_not_to_the_working_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "images")
+    (case,) = load_cases("../datalist.json", "validation")
+    assert case["case"] == "d"
+    assert case["image"] == str(folder / "c.nii")
+
+
+def test_absolute_paths_are_kept(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    item = {"image": str(folder / "c.nii"), "label": str(folder / "d.nii")}
+    (case,) = load_cases(write(tmp_path / "elsewhere/list.json", training=[item]), "training")
+    assert case["image"] == item["image"]
+
+
+def test_datalists_are_read_in_order_the_limit_holds_for_each(folder):
+    other = write(folder / "other.json", training=[{"image": "c.nii", "label": "d.nii"}] * 2)
+    lists = [other, str(folder / "datalist.json")]
+    assert [case["case"] for case in load_cases(lists, "training")] == ["d", "d", "a", "b"]
+    assert [case["case"] for case in load_cases(lists, "training", limit=1)] == ["d", "a"]
+
+
+def test_a_datalist_without_the_section_adds_nothing(folder):
+    other = write(folder / "other.json", training=[{"image": "c.nii", "label": "d.nii"}], test=[])
+    lists = [other, str(folder / "datalist.json")]
+    assert [case["case"] for case in load_cases(lists, "validation")] == ["d"]
+    assert [case["case"] for case in load_cases(lists, ["validation", "test", "training"])] == ["d", "d", "a", "b"]
+
+
+@pytest.mark.parametrize("section", ["training", "test", "tset"])
+def test_no_case_at_all_is_refused(folder, section):
+    path = write(folder / "empty.json", training=[], test=[])
+    with pytest.raises(ValueError, match=rf"empty\.json.*: no case in section '{section}'; check the section names"):
+        load_cases([path], section)
+
+
+def test_missing_datalist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json: datalist not found; set `dataset_dir` or `datalists`"):
+        load_cases(str(tmp_path / "nowhere.json"), "training")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"training": [', b"", b"\xff\xfe\x00garbage", b'{"training": ["a.nii.gz"]}', b'{"training": {"image": "a"}}'],
+    ids=["cut short", "empty", "binary", "names only", "no list"],
+)
+def test_malformed_datalist_is_named_even_beside_a_good_one(folder, content):
+    bad = folder / "bad.json"
+    bad.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.json: must be JSON with lists of cases"):
+        load_cases([str(folder / "datalist.json"), str(bad)], "training")
+
+
+def test_case_without_a_key_is_refused_with_list_section_and_key(folder):
+    path = write(folder / "partial.json", training=[{"image": "c.nii"}])
+    with pytest.raises(ValueError, match=r"partial\.json: a case of 'training' has no \['label'\]"):
+        load_cases(path, "training")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image": None}, r"odd\.json: image must be the name of a file, got None"),
+        ({"confidence": 3}, r"odd\.json: confidence must be the name of a file, got 3"),
+        ({"weight": -1}, r"odd\.json: weight must be a number, at least 0, got -1"),
+        ({"weight": True}, r"odd\.json: weight must be a number, at least 0, got True"),
+        ({"score_hu": None}, r"odd\.json: score_hu must be a number, at least 0, got None"),
+        ({"score_hu": -0.5}, r"odd\.json: score_hu must be a number, at least 0, got -0\.5"),
+    ],
+)
+def test_odd_entries_are_refused_with_list_case_and_rule(folder, entry, message):
+    path = write(folder / "odd.json", training=[{"image": "c.nii", "label": "d.nii", **entry}])
+    with pytest.raises(ValueError, match=message) as caught:
+        pretraining_cases(path, "training")
+    assert "d.nii" in str(caught.value)
+
+
+def test_a_section_that_would_never_be_drawn_is_refused(folder):
+    path = write(folder / "never.json", training=[{"image": "c.nii", "label": "d.nii", "weight": 0}])
+    with pytest.raises(ValueError, match=r"never\.json: weight is 0 for all cases of section 'training'"):
+        load_cases(path, "training")
+
+
+def test_all_missing_files_are_named_at_once_and_existing_ones_are_not(folder):
+    path = write(
+        folder / "gone.json",
+        training=[{"image": "c.nii", "label": "gone_1.nii"}, {"image": "gone_2.nii", "label": "gone_1.nii"}],
+    )
+    with pytest.raises(FileNotFoundError, match=r"gone\.json.*: 2 listed files do not exist") as caught:
+        load_cases(path, "training")
+    assert all(str(folder / name) in str(caught.value) for name in ("gone_1.nii", "gone_2.nii"))
+    assert str(folder / "c.nii") not in str(caught.value)
+
+
+def test_a_folder_is_not_a_file(folder):
+    with pytest.raises(FileNotFoundError, match=r"the list: 1 listed files do not exist: .*images"):
+        check_files([{"image": str(folder / "images"), "case": "anything"}], "the list")
+
+
+@pytest.fixture
+def templates(folder):
+    return [
+        {"image": str(folder / "images" / name), "label": str(folder / "labels" / name)}
+        for name in ("a.nii.gz", "b.nii.gz")
+    ]
+
+
+def test_every_mask_is_rendered_with_every_template(folder, templates):
+    masks = [str(folder / "c.nii"), str(folder / "d.nii")]
+    cases = rendering_cases(masks, templates)
+    assert [case["case"] for case in cases] == ["c_from_a", "c_from_b", "d_from_a", "d_from_b"]
+    assert cases[1] == {
+        "label": masks[0],
+        "case": "c_from_b",
+        "template_image": templates[1]["image"],
+        "template_label": templates[1]["label"],
+    }
+
+
+def test_masks_are_rendered_once_each_without_templates(folder):
+    assert rendering_cases([str(folder / "c.nii")], []) == [{"label": str(folder / "c.nii"), "case": "c"}]
+
+
+def test_one_text_instead_of_a_list_of_masks_is_refused():
+    with pytest.raises(TypeError, match=r"target_masks: must be a list of files, got the text 'm\.nii'; write \['m"):
+        rendering_cases("m.nii", [])
+
+
+def test_no_mask_is_refused(templates):
+    with pytest.raises(ValueError, match="no target label map found; set `target_masks`"):
+        rendering_cases([], templates)
+
+
+def test_masks_of_one_name_are_refused_because_results_would_overwrite_each_other(folder):
+    masks = [str(folder / "images/a.nii.gz"), str(folder / "labels/a.nii.gz"), str(folder / "c.nii")]
+    with pytest.raises(ValueError, match=r"file names must differ, they give \['a'\] more than once; rename them"):
+        rendering_cases(masks, [])
+
+
+def test_missing_masks_and_templates_are_named_at_once(folder, templates):
+    templates[0]["label"] = str(folder / "no_template.nii")
+    with pytest.raises(FileNotFoundError, match="2 listed files do not exist") as caught:
+        rendering_cases([str(folder / "no_mask.nii"), str(folder / "c.nii")], templates)
+    assert all(str(folder / name) in str(caught.value) for name in ("no_mask.nii", "no_template.nii"))
+
+
+def test_pending_are_the_cases_without_a_complete_result(tmp_path):
+    cases = [{"case": name} for name in ("done", "partial", "other_ending", "folder", "new")]
+    (tmp_path / "done.nii.gz").touch()
+    (tmp_path / ".partial_7_partial.nii.gz").touch()
+    (tmp_path / "other_ending.png").touch()
+    (tmp_path / "folder.nii.gz").mkdir()
+    assert [case["case"] for case in pending(cases, str(tmp_path))] == ["partial", "other_ending", "folder", "new"]
+    assert [case["case"] for case in pending(cases[2:], str(tmp_path), ".png")] == ["folder", "new"]
+
+
+def test_everything_is_pending_in_a_folder_that_does_not_exist_yet(tmp_path):
+    assert pending([{"case": "a"}], str(tmp_path / "new")) == [{"case": "a"}]
