@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from custom.evaluation.gate import Gate
+from custom.evaluation.gate import ImageGate
 from custom.phantom.cohort import make
 from custom.runs.files import write_json
 
-OPEN_GATE = dict.fromkeys(limit.name for limit in dataclasses.fields(Gate))
+OPEN_GATE = dict.fromkeys(limit.name for limit in dataclasses.fields(ImageGate))
 """Rejects nothing: tiny networks render noise."""
 TINY_DIFFUSION = {"network_def#channels": [8, 8], "network_def#condition_channels": 4, "spacing_mm": [3.0, 3.0, 3.0]}
 TINY_SEGMENTER = {"network_def#init_filters": 8, "spacing_mm": [3.0, 3.0, 3.0], "roi_size": [32, 32, 32]}

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from custom.geometry.topology import betti_numbers, components_touching
 from custom.geometry.vessels import VesselTree, draw
-from custom.masks.preparation import Structure
+from custom.volumes.anatomy import Label
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,7 +143,7 @@ def airway():
     return label
 
 
-ORGAN = {1: Structure("lung"), 2: Structure("airway", tubular=True, touches=(3,)), 3: Structure("larynx")}
+ORGAN = {1: Label("lung"), 2: Label("airway", thin=True, touches=(3,)), 3: Label("larynx")}
 
 
 def assert_kept(new, source, structures):

@@ -2,6 +2,12 @@
 
 from custom.confidence.inferers import PredictedVarianceInferer, SkipSamplingInferer
 from custom.confidence.table import CalibrateConfidence
-from custom.confidence.transforms import Confidenced, SplitVarianced
+from custom.confidence.transforms import EstimateConfidenced, SplitVarianced
 
-__all__ = ["CalibrateConfidence", "Confidenced", "PredictedVarianceInferer", "SkipSamplingInferer", "SplitVarianced"]
+__all__ = [
+    "CalibrateConfidence",
+    "EstimateConfidenced",
+    "PredictedVarianceInferer",
+    "SkipSamplingInferer",
+    "SplitVarianced",
+]

@@ -11,7 +11,7 @@ from custom.confidence.variance import RunningVariance, local_mean, local_mean_v
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.schedule import ListedDDIMScheduler
-from custom.volumes.grids import at, corner
+from custom.volumes.grids import crop_to
 from custom.volumes.haar import haar_unpack
 
 _TOLERATED_DEVIATIONS = 3.0
@@ -44,7 +44,7 @@ class PredictedVarianceInferer(StructDiffInferer):
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
         encoded = self._encode(context, network)
         expected = self._to_hu(haar_unpack(encoded.mean), context)
-        predicted = at(local_mean_variance(encoded.sigma, encoded.edge), corner(context.shape[2:]))
+        predicted = crop_to(local_mean_variance(encoded.sigma, encoded.edge), context.shape[2:])
         distance = local_mean(image) - local_mean(expected)
         return torch.maximum(predicted * self.residual_scale_hu**2, (distance / _TOLERATED_DEVIATIONS).square())
 

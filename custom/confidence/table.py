@@ -15,7 +15,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from custom.runs.files import content_hash, plain_values, write_json
-from custom.volumes.grids import plain
+from custom.volumes.grids import as_batch
 from custom.volumes.reading import file_of
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class CalibrateConfidence:
         """Keep variance and label of some voxels of each case."""
         variances, labels = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch["label"]  # type: ignore[index]
         for variance, volume in zip(variances, labels, strict=True):
-            label = plain(volume)[0, 0].cpu().round().long()
+            label = as_batch(volume)[0, 0].cpu().round().long()
             name = Path(file_of(volume)).name
             generator = torch.Generator().manual_seed(int(content_hash(name.encode())[:8], 16))
             ids, kept = label.flatten(), []

@@ -14,7 +14,7 @@ from monai.transforms import Transform
 
 from custom.confidence.variance import confidence, sample_score
 from custom.runs.files import plain_values
-from custom.volumes.grids import plain
+from custom.volumes.grids import as_batch
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class SplitVarianced(Transform):
         return {**data, "pred": data["pred"][:1], "variance": data["pred"][1:]}
 
 
-class Confidenced(Transform):
+class EstimateConfidenced(Transform):
     """Add `confidence` (1, H, W, D) and `score` (HU) from `variance` and `label`.
 
     Args:
@@ -54,7 +54,7 @@ class Confidenced(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item."""
-        label, variance = plain(data["label"])[0, 0].cpu(), plain(data["variance"])[0, 0].cpu()
+        label, variance = as_batch(data["label"])[0, 0].cpu(), as_batch(data["variance"])[0, 0].cpu()
         values = confidence(variance, label, self.tau, c_min=self.c_min)
         kept = MetaTensor(values[None], meta=data["pred"].meta)
         return {**data, "confidence": kept, "score": sample_score(variance, label)}

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
 from custom.diffusion.formulas import amplitudes, precondition
-from custom.diffusion.moments import GAUSSIAN, to_local
+from custom.diffusion.moments import SD_OVER_MEAN_ABSOLUTE, to_local
 from custom.diffusion.network import StructDiffUNet
-from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.grids import crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack
 
 
@@ -30,7 +30,7 @@ def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
     scale = sigma.detach()
     level = scale.mean((1, 2, 3, 4), keepdim=True)
-    return error.square() / (2 * scale * level) + GAUSSIAN * error.detach().abs() / sigma + sigma.log()
+    return error.square() / (2 * scale * level) + SD_OVER_MEAN_ABSOLUTE * error.detach().abs() / sigma + sigma.log()
 
 
 class StructDiffLoss(_Loss):
@@ -90,8 +90,7 @@ class StructDiffLoss(_Loss):
         velocity_error, residual = input.float() - target["velocity"], target["residual"]
         weight = self.weights(pad_to_multiple(target["label"].float(), 2))
         condition = network.encode(target["context"])
-        inside = corner(weight.shape[2:])
-        mean, sigma, edge = (at(part, inside) for part in condition[1:])
+        mean, sigma, edge = (crop_to(part, weight.shape[2:]) for part in condition[1:])
         a, s = amplitudes(network.alphas_cumprod, target["timesteps"], sigma.ndim)
         scale = precondition(a, s, sigma.detach())[2]
         error = to_local(haar_pack(pad_to_multiple(velocity_error, 2)), edge) / scale

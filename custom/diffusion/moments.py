@@ -14,7 +14,7 @@ MODES = ("template", "mask_only", "unconditional")
 REGIONS = ("soft_background", "lung", "interior", "background_edge", "label_edge_inside", "label_edge_outside")
 MIN_SIGMA = 0.01
 """Lower limit of the table of deviations, in its unit."""
-GAUSSIAN = (pi / 2) ** 0.5
+SD_OVER_MEAN_ABSOLUTE = (pi / 2) ** 0.5
 """Standard deviation of a Gaussian over its mean absolute value."""
 _LUNG_BELOW_HU = -400.0
 _EDGE_RANGE_HU = 100.0
@@ -189,7 +189,7 @@ class ResidualMoments(nn.Module):
             context: (B, 6, 2h, 2w, 2d).
         """
         sums, count = self.absolute_sums(standardised, self.cells(context)[0])
-        ratio = torch.where(count > 0, GAUSSIAN * sums / count, 1.0).float().clamp(max=_MAX_RATIO)
+        ratio = torch.where(count > 0, SD_OVER_MEAN_ABSOLUTE * sums / count, 1.0).float().clamp(max=_MAX_RATIO)
         self.table.mul_(1 + _TRACKING * (ratio - 1)).clamp_(min=MIN_SIGMA)
 
     def forward(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from custom.diffusion.correspondence import HU_UNIT, CorrespondenceAttention
 from custom.diffusion.formulas import amplitudes, precondition
 from custom.diffusion.moments import ResidualMoments, from_local, label_edges, to_local
-from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.grids import crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from custom.volumes.haar import space_to_depth as pack_blocks
 
@@ -191,7 +191,7 @@ class StructDiffUNet(nn.Module):
         missing = [n - m for n, m in zip(features.shape[2:], size, strict=True)]
         padded = F.pad(y, [p for m in reversed(missing) for p in (0, m)], mode="replicate") if any(missing) else y
         with self._autocast(y.device):
-            return at(self.unet(torch.cat([padded, features], 1), timesteps), corner(size)).float()
+            return crop_to(self.unet(torch.cat([padded, features], 1), timesteps), size).float()
 
     def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Velocity of the noisy scaled residual x (B, 1, H, W, D) at timesteps (B,), given an encoded condition.
@@ -206,7 +206,7 @@ class StructDiffUNet(nn.Module):
         centred = to_local(packed - a * mean, edge)
         f = to_local(self.flow(from_local(c_in * centred, edge), timesteps, condition.features), edge)
         velocity = from_local(c_skip * centred + c_out * f, edge) - s * mean
-        return at(haar_unpack(velocity), corner(x.shape[2:]))
+        return crop_to(haar_unpack(velocity), x.shape[2:])
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Predict the velocity.

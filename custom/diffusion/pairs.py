@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from custom.diffusion.transforms import shift_labels
 from custom.geometry.deformation import identity_coordinates, random_velocity, sample
-from custom.volumes.grids import at, corner, pad_to_multiple, plain, sample_cubic
+from custom.volumes.grids import as_batch, crop, crop_to, pad_to_multiple, sample_cubic
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
 
@@ -41,7 +41,7 @@ def near_labels(label: torch.Tensor, reach_mm: float, spacing_mm: Sequence[float
     sigma = [reach_mm / s / _BLOCK for s in spacing_mm]
     spread = GaussianFilter(3, sigma)(F.avg_pool3d(padded, _BLOCK))
     spread = F.interpolate(spread, padded.shape[2:], mode="trilinear", align_corners=False)
-    return at((2 * spread).clamp(max=1), corner(label.shape[2:]))
+    return crop_to((2 * spread).clamp(max=1), label.shape[2:])
 
 
 class RandTemplatePaird(Randomizable, Transform):
@@ -121,24 +121,24 @@ class RandTemplatePaird(Randomizable, Transform):
                 f"{tuple(self.roi_size)}; lower `roi_size` or use a larger field of view"
             )
         self.randomize(len(item["statistics"]))
-        label, surrogate = plain(item["label"]), plain(item["surrogate"]) * self._gain
+        label, surrogate = as_batch(item["label"]), as_batch(item["surrogate"]) * self._gain
         shifts, shift = self._shifts(label, item["statistics"])
-        structure = self._blurred(plain(item["structure"]) + shifts)
-        grain = plain(item["image"]) - plain(item["structure"])
+        structure = self._blurred(as_batch(item["structure"]) + shifts)
+        grain = as_batch(item["image"]) - as_batch(item["structure"])
         scanned = structure + grain * self._gain
         target_at, template_at = self._coordinates(label)
         roi = self.roi_size or size
         centre = [slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, roi, strict=True)]
-        where = at(template_at, centre)
-        template = sample_cubic(structure, where) + at(torch.roll(surrogate, self._roll, (2, 3, 4)), centre)
+        where = crop(template_at, centre)
+        template = sample_cubic(structure, where) + crop(torch.roll(surrogate, self._roll, (2, 3, 4)), centre)
         template_label = sample(label, where, mode="nearest")
         if self._deformed:
             image, target_label = (
-                sample_cubic(scanned, at(target_at, centre)),
-                _sample_labels(label, at(target_at, centre)),
+                sample_cubic(scanned, crop(target_at, centre)),
+                _sample_labels(label, crop(target_at, centre)),
             )
         else:
-            image, target_label = at(scanned, centre), at(label, centre)
+            image, target_label = crop(scanned, centre), crop(label, centre)
         statistics = label_statistics(scanned, label, len(shift))
         fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
         for key in ("structure", "surrogate"):

@@ -16,7 +16,7 @@ from custom.diffusion.formulas import amplitudes, angle, angle_step
 from custom.diffusion.moments import from_local, label_edges, to_local
 from custom.diffusion.network import CONTEXT_CHANNELS, Condition, StructDiffUNet
 from custom.diffusion.schedule import ListedDDIMScheduler
-from custom.volumes.grids import at, corner, pad_to_multiple
+from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 
 _PRIOR = CONTEXT_CHANNELS.index("prior_hu")
@@ -77,8 +77,8 @@ def blended(
         part = predict(index) if index else part
         importance = compute_importance_map(tuple(part.shape[2:]), mode="gaussian", sigma_scale=0.2, device=part.device)
         importance = importance.clamp(min=1e-3)
-        at(total, window).add_(part * importance)
-        at(weight, window).add_(importance)
+        crop(total, window).add_(part * importance)
+        crop(weight, window).add_(importance)
     return total / weight
 
 
@@ -159,7 +159,7 @@ class StructDiffInferer(Inferer):
 
     def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         prior = context[:, _PRIOR : _PRIOR + 1]
-        return at(residual, corner(prior.shape[2:])) * self.residual_scale_hu + prior
+        return crop_to(residual, prior.shape[2:]) * self.residual_scale_hu + prior
 
     def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> _Encoded:
         """Conditions of all windows and the moments of the whole volume, padded to even sizes."""
@@ -172,7 +172,7 @@ class StructDiffInferer(Inferer):
         def condition(index: int) -> Condition:
             if index in cache:
                 return cache[index]
-            encoded = network.encode(at(context, windows[index]))
+            encoded = network.encode(crop(context, windows[index]))
             if len(cache) < self.cached_windows:
                 cache[index] = encoded
             return encoded
@@ -180,7 +180,7 @@ class StructDiffInferer(Inferer):
         def moments(index: int) -> torch.Tensor:
             encoded = condition(index)
             both = torch.cat([encoded.mean, encoded.sigma.log()], 1)
-            return at(both, corner([axis.stop - axis.start for axis in packed[index]]))
+            return crop_to(both, [axis.stop - axis.start for axis in packed[index]])
 
         mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
         return _Encoded(packed, grid, condition, mean, log_sigma.exp(), label_edges(context[:, :1]))
@@ -192,7 +192,7 @@ class StructDiffInferer(Inferer):
         packed, grid, condition, mean, sigma, edge = encoded
 
         def flow(bands: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
-            return network.flow(at(bands, packed[index]), timesteps, condition(index).features)
+            return network.flow(crop(bands, packed[index]), timesteps, condition(index).features)
 
         y, previous = to_local(haar_pack(noise), edge), None
         alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import PrepareBatch
 from monai.networks.schedulers import Scheduler
 
-from custom.diffusion.moments import GAUSSIAN, MIN_SIGMA, ResidualMoments, label_edges, to_local
+from custom.diffusion.moments import MIN_SIGMA, SD_OVER_MEAN_ABSOLUTE, ResidualMoments, label_edges, to_local
 from custom.diffusion.network import StructDiffUNet
 from custom.volumes.grids import on_device, pad_to_multiple
 from custom.volumes.haar import haar_pack
@@ -98,7 +98,7 @@ def residual_sigma(
         more = moments.absolute_sums(local / unit, cell)
         sums, count = sums + more[0], count + more[1]
     sums, count = (torch.as_tensor(idist.all_reduce(part)) for part in (sums, count))
-    measured = (GAUSSIAN * sums / count).clamp(min=MIN_SIGMA)
+    measured = (SD_OVER_MEAN_ABSOLUTE * sums / count).clamp(min=MIN_SIGMA)
     return torch.where(count > 0, measured, torch.ones_like(measured)).float()
 
 

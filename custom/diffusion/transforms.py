@@ -16,7 +16,7 @@ from custom.diffusion.prior import complete_statistics, fitted_template, paint_p
 from custom.geometry.deformation import sample
 from custom.geometry.registration import template_coordinates
 from custom.runs.files import content_hash
-from custom.volumes.grids import _like, plain, sample_cubic
+from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
 from custom.volumes.intensity import label_statistics, noise_sd, split_noise, surrogate_grain
 from custom.volumes.reading import file_of
 
@@ -30,10 +30,10 @@ class SplitNoised(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split `image` (1, H, W, D)."""
         item = dict(data)
-        image, label = plain(item["image"])[0, 0].numpy(), plain(item["label"])[0, 0].numpy()
+        image, label = as_batch(item["image"])[0, 0].numpy(), as_batch(item["label"])[0, 0].numpy()
         structure, grain = split_noise(image, label)
         for key, volume in (("structure", structure), ("surrogate", surrogate_grain(grain, label))):
-            item[key] = _like(torch.from_numpy(volume)[None, None], item["image"])
+            item[key] = on_grid_of(torch.from_numpy(volume)[None, None], item["image"])
         return item
 
 
@@ -50,7 +50,7 @@ class LabelStatisticsd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Measure one item."""
-        image, label = plain(data[self.image_key]), plain(data[self.label_key])
+        image, label = as_batch(data[self.image_key]), as_batch(data[self.label_key])
         statistics = label_statistics(image, label, self.num_labels)
         return {**data, "statistics": statistics, "grain_sd": noise_sd(image[0, 0].numpy(), label[0, 0].numpy())}
 
@@ -117,10 +117,10 @@ class VaryContrastd(Transform):
             if k < len(means) and low <= means[k] <= high:
                 along = (means[k] + shift[k] - low) % (2 * (high - low))  # up to the highest mean and back again
                 shift[k] = low + torch.minimum(along, 2 * (high - low) - along) - means[k]
-        image, label = plain(data["template_image"]), plain(data["template_label"])
+        image, label = as_batch(data["template_image"]), as_batch(data["template_label"])
         image = image + shift_labels(label, shift)
         statistics = label_statistics(image, label, len(means))
-        return {**data, "template_image": _like(image, data["template_image"]), "statistics": statistics}
+        return {**data, "template_image": on_grid_of(image, data["template_image"]), "statistics": statistics}
 
 
 class AlignTemplated(Transform):
@@ -144,7 +144,7 @@ class AlignTemplated(Transform):
             ValueError: when template and target share none of the labels; names both files.
         """
         item = dict(data)
-        template_label, target = plain(item["template_label"]), plain(item["label"])
+        template_label, target = as_batch(item["template_label"]), as_batch(item["label"])
         shared = set(template_label.unique().long().tolist()) & set(target.unique().long().tolist()) & set(self.labels)
         if not shared:
             raise ValueError(
@@ -154,8 +154,8 @@ class AlignTemplated(Transform):
         where = template_coordinates(
             template_label.long(), target.long(), labels=self.labels, spacing_mm=self.spacing_mm
         )
-        item["template_image"] = _like(sample_cubic(plain(item["template_image"]), where), item["label"])
-        item["template_label"] = _like(sample(template_label, where, mode="nearest"), item["label"])
+        item["template_image"] = on_grid_of(sample_cubic(as_batch(item["template_image"]), where), item["label"])
+        item["template_label"] = on_grid_of(sample(template_label, where, mode="nearest"), item["label"])
         return item
 
 
@@ -193,13 +193,13 @@ class PaintPriord(Transform):
 
     def paint(self, data: Mapping[Hashable, Any], mode: str) -> dict[Hashable, Any]:
         """Paint one item in the given mode."""
-        label = plain(data["label"])
+        label = as_batch(data["label"])
         none = torch.full_like(label, -1)
         flat = torch.full_like(label, self.nominal_hu[0])
         target, template, template_label = label, torch.zeros_like(label), none
         prior, sd = flat, torch.zeros_like(label)
         if mode == "template":
-            template, template_label = plain(data["template_image"]), plain(data["template_label"])
+            template, template_label = as_batch(data["template_image"]), as_batch(data["template_label"])
         if mode == "template" and self.use_prior:
             background = template_background(template, template_label)
             prior, sd = paint_prior(label, self._statistics(data, label), background, float(data["grain_sd"]))
@@ -211,7 +211,7 @@ class PaintPriord(Transform):
             target = none
         grain = torch.full_like(label, float(data["grain_sd"]) if mode == "template" else 0.0)
         context = torch.cat([target, template, template_label, prior, sd, grain], 1)
-        return {**data, "prior": _like(prior, data["label"]), "context": _like(context, data["label"])}
+        return {**data, "prior": on_grid_of(prior, data["label"]), "context": on_grid_of(context, data["label"])}
 
     def _statistics(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:
         table, absent = complete_statistics(data["statistics"], self.nominal_hu)

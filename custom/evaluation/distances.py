@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import mannwhitneyu, skew
 
 from custom.geometry.topology import bounding_box
-from custom.volumes.intensity import noise_sd
+from custom.volumes.intensity import MIN_VOXELS, noise_sd
 
 __all__ = [
     "copying_p_value",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 Matrix = NDArray[np.float64]
-_MIN_VOXELS = 8
 _KINDS = ("mean", "sd", "skewness", "p5", "median", "p95", "fine texture", "coarse texture", "log volume")
 # Wang et al. 2003, without the coarsest of five scales, which a volume of 64 voxels does not have; to sum 1.
 _SCALE_WEIGHTS = (0.0517, 0.3295, 0.3462, 0.2726)
@@ -60,7 +59,7 @@ def radiomic_features(image: NDArray, label: NDArray, *, num_labels: int) -> Mat
     for k in range(num_labels):
         inside = np.asarray(label) == k
         rows[k, 8] = np.log1p(np.count_nonzero(inside))
-        if np.count_nonzero(inside) >= _MIN_VOXELS:
+        if np.count_nonzero(inside) >= MIN_VOXELS:
             values = volume[inside].astype(np.float64)
             sd = values.std()
             rows[k, :3] = values.mean(), sd, skew(values) if sd > 0 else 0.0

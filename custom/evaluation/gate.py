@@ -15,14 +15,14 @@ from custom.evaluation.rendering import texture_correlation, vessel_regions
 from custom.geometry.centrelines import skeleton
 from custom.volumes.intensity import label_statistics
 
-__all__ = ["Gate", "examine", "rejections"]
+__all__ = ["ImageGate", "examine", "rejections"]
 
 Volume = NDArray[np.float32]
 _MIN_CONTRAST_HU = 30.0
 
 
 @dataclass(frozen=True)
-class Gate:
+class ImageGate:
     """Limits of acceptance; None switches one off.
 
     Attributes:
@@ -46,7 +46,7 @@ class Gate:
     max_template_copy: float | None = 0.8
 
     @classmethod
-    def from_config(cls, limits: Mapping[str, Any]) -> Gate:
+    def from_config(cls, limits: Mapping[str, Any]) -> ImageGate:
         """A gate from a config dictionary; limits not named keep their default.
 
         Raises:
@@ -131,7 +131,7 @@ def examine(
     }
 
 
-def rejections(measures: Mapping[str, Any], score_hu: float, gate: Gate) -> list[str]:
+def rejections(measures: Mapping[str, Any], score_hu: float, gate: ImageGate) -> list[str]:
     """Every limit that an image breaks, with value and limit; empty when it may join. What is NaN breaks nothing."""
     broken = []
     for k, error in measures["label_error_hu"].items():

@@ -12,11 +12,10 @@ from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
 from custom.evaluation.labels import _VOXELS, MASK_MEASURES, _chosen
-from custom.volumes.intensity import label_statistics, noise_sd
+from custom.volumes.intensity import MIN_VOXELS, label_statistics, noise_sd
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
 _LUNG_BELOW_HU = -300.0
-_MIN_VOXELS = 8
 
 
 def label_mean_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
@@ -32,7 +31,7 @@ def label_wasserstein(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray
 
     A shift counts as much as it is, a wrong spread or shape too. NaN when none of the labels has 8 voxels.
     """
-    inside = [label == k for k in labels if np.count_nonzero(label == k) >= _MIN_VOXELS]
+    inside = [label == k for k in labels if np.count_nonzero(label == k) >= MIN_VOXELS]
     distances = [wasserstein_distance(rendered[mask], truth[mask]) for mask in inside]
     return float(np.mean(distances)) if distances else float("nan")
 

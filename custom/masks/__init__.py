@@ -2,9 +2,9 @@
 
 from custom.masks.cases import generation_cases, unfinished
 from custom.masks.generator import Edits, Motion
-from custom.masks.preparation import Structure
 from custom.masks.summary import summarise_masks
 from custom.masks.transforms import GenerateMaskd, PrepareMaskd, SaveMaskd
+from custom.volumes.anatomy import Label
 
 __all__ = [
     "Edits",
@@ -12,7 +12,7 @@ __all__ = [
     "Motion",
     "PrepareMaskd",
     "SaveMaskd",
-    "Structure",
+    "Label",
     "generation_cases",
     "summarise_masks",
     "unfinished",

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from custom.geometry.topology import BoolArray, betti_numbers, bounding_box, components_touching, contact_areas
-from custom.masks.preparation import Structure, dice
+from custom.masks.preparation import dice
+from custom.volumes.anatomy import Label
 
-__all__ = ["Anatomy", "Rules", "measure_anatomy", "violations", "wall_thickness_mm"]
+__all__ = ["MaskMeasures", "MaskGate", "measure_mask", "rejections", "wall_thickness_mm"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class MaskGate:
     """Limits of acceptance; None switches one off. Betti numbers and attachments are no option: they are always kept.
 
     Attributes:
@@ -41,8 +42,8 @@ class Rules:
     max_repaired: float | None = 0.02
 
     @classmethod
-    def from_config(cls, rules: Mapping[str, Any]) -> Rules:
-        """Rules from a config dictionary; those not named keep their default.
+    def from_config(cls, rules: Mapping[str, Any]) -> MaskGate:
+        """MaskGate from a config dictionary; those not named keep their default.
 
         Raises:
             ValueError: naming an unknown rule and all that exist, or a range that is none.
@@ -62,7 +63,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class MaskMeasures:
     """Measures of a label map that rules compare; label id -> value.
 
     Attributes:
@@ -95,9 +96,9 @@ def wall_thickness_mm(mask: BoolArray, spacing_mm: Sequence[float]) -> float:
     return float(4 * (length[box] * (1 - 0.5 / steps)).mean())
 
 
-def measure_anatomy(
-    label_map: NDArray[np.uint8], structures: Mapping[int, Structure], spacing_mm: Sequence[float]
-) -> Anatomy:
+def measure_mask(
+    label_map: NDArray[np.uint8], structures: Mapping[int, Label], spacing_mm: Sequence[float]
+) -> MaskMeasures:
     """Measures all present structures of a label map (H, W, D)."""
     masks = {k: label_map == k for k in structures}
     voxel = float(np.prod(spacing_mm))
@@ -107,7 +108,7 @@ def measure_anatomy(
         for other in structure.touches:
             touching, total = components_touching(masks[k], label_map == other)
             loose.setdefault(k, {})[other] = total - touching
-    return Anatomy(
+    return MaskMeasures(
         betti={k: betti_numbers(masks[k]) for k in present},
         volume_mm3={k: float(masks[k].sum()) * voxel for k in present},
         thickness_mm={k: wall_thickness_mm(masks[k], spacing_mm) for k, s in present.items() if s.wall},
@@ -126,8 +127,12 @@ def _outside(value: float, limits: tuple[float, float]) -> bool:
     return not limits[0] <= value <= limits[1]
 
 
-def violations(
-    new: Anatomy, source: Anatomy, structures: Mapping[int, Structure], rules: Rules, measured: Mapping[str, Any]
+def rejections(
+    new: MaskMeasures,
+    source: MaskMeasures,
+    structures: Mapping[int, Label],
+    rules: MaskGate,
+    measured: Mapping[str, Any],
 ) -> list[str]:
     """Every rule that a new label map breaks, with the value and the limit; empty when it may be written.
 
@@ -156,7 +161,7 @@ def violations(
     ratios: list[tuple[str, Mapping[int, float], tuple[float, float] | None]] = [
         (
             "volume_ratio",
-            {k: new.volume_mm3.get(k, 0.0) / v for k, v in source.volume_mm3.items() if not structures[k].tubular},
+            {k: new.volume_mm3.get(k, 0.0) / v for k, v in source.volume_mm3.items() if not structures[k].thin},
             rules.volume_ratio,
         ),
         ("vessel_volume_ratio", measured["vessel_volume_ratio"], rules.vessel_volume_ratio),
@@ -179,12 +184,12 @@ def violations(
 
 
 def _changed_contacts(
-    new: Anatomy, source: Anatomy, structures: Mapping[int, Structure], min_contact_mm2: float | None
+    new: MaskMeasures, source: MaskMeasures, structures: Mapping[int, Label], min_contact_mm2: float | None
 ) -> list[str]:
     broken = []
     if min_contact_mm2 is not None:
         for pair in sorted({*new.contacts_mm2, *source.contacts_mm2}):
-            if any(structures[k].tubular for k in pair):
+            if any(structures[k].thin for k in pair):
                 continue
             here, there = new.contacts_mm2.get(pair, 0.0), source.contacts_mm2.get(pair, 0.0)
             if min(here, there) == 0 and max(here, there) >= min_contact_mm2:

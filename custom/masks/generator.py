@@ -27,7 +27,7 @@ from custom.geometry.deformation import (
 from custom.geometry.registration import velocity_of_weights
 from custom.geometry.topology import BoolArray, betti_numbers, fill_cavities, largest_components
 from custom.geometry.vessels import VesselTree, carry, draw, prune, tree_length_mm, tree_volume_mm3
-from custom.masks.gate import Rules, mean_dice, measure_anatomy, violations
+from custom.masks.gate import MaskGate, mean_dice, measure_mask, rejections
 from custom.masks.motion import carry_points, confine, mixture_coefficients
 from custom.masks.preparation import LabelMap, without_handles
 from custom.masks.reference import Neighbour, Reference, fill_nearest
@@ -140,10 +140,10 @@ class MaskGenerator:
         *,
         motion: Motion | None = None,
         edits: Edits | None = None,
-        rules: Rules | None = None,
+        rules: MaskGate | None = None,
     ) -> None:
         self.reference, self.neighbours = reference, list(neighbours)
-        self.motion, self.edits, self.rules = motion or Motion(), edits or Edits(), rules or Rules()
+        self.motion, self.edits, self.rules = motion or Motion(), edits or Edits(), rules or MaskGate()
 
     def __call__(self, seed: Sequence[int]) -> Generated:
         """Draws until a label map is accepted.
@@ -264,7 +264,7 @@ class MaskGenerator:
     def _judge(self, candidate: _Candidate, displacement: torch.Tensor) -> tuple[list[str], dict[str, Any]]:
         """Broken rules and the measures for the record."""
         reference, new = self.reference, candidate.label_map
-        anatomy = measure_anatomy(new, reference.structures, reference.spacing_mm)
+        anatomy = measure_mask(new, reference.structures, reference.spacing_mm)
         others = [reference.label_map, *(neighbour.label_map for neighbour in self.neighbours)]
         for k, vessel in candidate.vessels.items():
             vessel["volume_ratio"] = anatomy.volume_mm3.get(k, 0.0) / vessel["expected_mm3"]
@@ -276,7 +276,7 @@ class MaskGenerator:
             "repaired": candidate.repaired,
             "vessel_volume_ratio": {k: v["volume_ratio"] for k, v in candidate.vessels.items()},
         }
-        broken = violations(anatomy, reference.anatomy, reference.structures, self.rules, measured)
+        broken = rejections(anatomy, reference.anatomy, reference.structures, self.rules, measured)
         record = {
             "min_det_jacobian": det,
             "dice_to_references": dices,

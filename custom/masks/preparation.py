@@ -9,7 +9,6 @@ millimetre would erase them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,41 +17,13 @@ from scipy import ndimage
 
 from custom.geometry.centrelines import grow
 from custom.geometry.topology import BoolArray, betti_numbers, components_touching, fill_cavities, largest_components
+from custom.volumes.anatomy import Label
+from custom.volumes.intensity import MIN_VOXELS
 
-__all__ = ["Structure", "prepare_label_map"]
+__all__ = ["prepare_label_map"]
 
 LabelMap = NDArray[np.uint8]
-_MIN_VOXELS = 8
 _MAX_TUNNEL_MM2 = 40.0  # of a slice: trabeculae and pinholes, not a ring of vessels
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What a label is meant to be.
-
-    Attributes:
-        name: for messages and reports.
-        components: how many pieces it has; smaller ones beyond that are voxel noise.
-        max_handles: tunnels that may stay; with more than that, all are cut.
-        tubular: a vessel tree: not smoothed, and it wins over other labels.
-        touches: labels that each of its pieces must touch.
-        wall: its thickness is measured.
-        keep: take it as it is: neither smoothed nor brought to components and handles.
-    """
-
-    name: str
-    components: int = 1
-    max_handles: int = 0
-    tubular: bool = False
-    touches: tuple[int, ...] = ()
-    wall: bool = False
-    keep: bool = False
-
-    def __post_init__(self) -> None:
-        if self.components < 1:
-            raise ValueError(f"{self.name}: components must be at least 1, got {self.components}; leave the label out.")
-        if self.max_handles < 0:
-            raise ValueError(f"{self.name}: max_handles must not be negative, got {self.max_handles}.")
 
 
 def signed_distance(mask: BoolArray, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
@@ -139,11 +110,7 @@ def dice(a: BoolArray, b: BoolArray) -> float:
 
 
 def prepare_label_map(
-    label_map: NDArray[Any],
-    structures: Mapping[int, Structure],
-    *,
-    spacing_mm: Sequence[float],
-    smoothing_mm: float = 1.0,
+    label_map: NDArray[Any], structures: Mapping[int, Label], *, spacing_mm: Sequence[float], smoothing_mm: float = 1.0
 ) -> tuple[LabelMap, dict[int, dict[str, Any]]]:
     """Cleans a label map towards the intended topology of each label.
 
@@ -172,13 +139,13 @@ def prepare_label_map(
     if not present:
         raise ValueError(f"label_map holds none of the labels {sorted(structures)}; check the label mapping.")
     for k in present:
-        if (voxels := int((labels == k).sum())) < _MIN_VOXELS:
+        if (voxels := int((labels == k).sum())) < MIN_VOXELS:
             raise ValueError(
-                f"label {k} ({structures[k].name}) has {voxels} voxels, at least {_MIN_VOXELS} are needed; "
+                f"label {k} ({structures[k].name}) has {voxels} voxels, at least {MIN_VOXELS} are needed; "
                 "drop it with label_mapping, or correct the reference."
             )
     raw = np.where(np.isin(labels, present), labels, 0).astype(np.uint8)
-    exact = [k for k in present if structures[k].tubular or structures[k].keep]
+    exact = [k for k in present if structures[k].thin or structures[k].keep]
     smoothed = [k for k in present if k not in exact]
     smooth = raw.copy()
     if smoothing_mm and smoothed:
@@ -188,11 +155,11 @@ def prepare_label_map(
     prepared = np.where(np.isin(smooth, cleaned), 0, smooth)
     for k in cleaned:
         prepared[largest_components(smooth == k, structures[k].components)] = k
-    for k in sorted(cleaned, key=lambda k: structures[k].tubular):
+    for k in sorted(cleaned, key=lambda k: structures[k].thin):
         mask = prepared == k
         mask = fill_cavities(mask) & (mask | (prepared == 0))
         prepared[prepared == k] = 0
-        prepared[without_handles(mask, prepared == 0, spacing_mm, structures[k].max_handles)] = k
+        prepared[without_handles(mask, prepared == 0, spacing_mm, structures[k].handles)] = k
     report = {}
     for k in present:
         before, after = raw == k, prepared == k
@@ -208,7 +175,7 @@ def prepare_label_map(
     return prepared, report
 
 
-def _check_intent(prepared: LabelMap, structures: Mapping[int, Structure]) -> None:
+def _check_intent(prepared: LabelMap, structures: Mapping[int, Label]) -> None:
     for k, structure in structures.items():
         where = f"label {k} ({structure.name})"
         components, handles, cavities = betti_numbers(prepared == k)
@@ -217,9 +184,9 @@ def _check_intent(prepared: LabelMap, structures: Mapping[int, Structure]) -> No
                 f"{where} has {components} components, {structure.components} are intended; correct the reference, or "
                 f"change the structure for all references: components={components}, or keep=true to take it as it is."
             )
-        if cavities or handles > structure.max_handles:
+        if cavities or handles > structure.handles:
             raise ValueError(
-                f"{where} keeps {handles} handles and {cavities} cavities (at most {structure.max_handles} and 0); "
+                f"{where} keeps {handles} handles and {cavities} cavities (at most {structure.handles} and 0); "
                 "another label lies inside it: correct the reference, drop one of the two labels, or keep it as it is "
                 "with keep=true."
             )

@@ -12,8 +12,9 @@ from scipy import ndimage
 from custom.geometry.registration import align_label_map, velocity_weights
 from custom.geometry.topology import BoolArray, bounding_box
 from custom.geometry.vessels import VesselTree, anchored, read_tree, tree_volume_mm3
-from custom.masks.gate import Anatomy, measure_anatomy
-from custom.masks.preparation import LabelMap, Structure, signed_distance
+from custom.masks.gate import MaskMeasures, measure_mask
+from custom.masks.preparation import LabelMap, signed_distance
+from custom.volumes.anatomy import Label
 
 __all__ = ["Neighbour", "Reference", "fill_nearest", "register_neighbour"]
 
@@ -37,12 +38,12 @@ def _tensor(label_map: LabelMap) -> torch.Tensor:
     return torch.from_numpy(label_map.astype(np.int64))[None, None]
 
 
-def _walls(structures: Mapping[int, Structure]) -> list[int]:
-    return [k for k, s in structures.items() if not s.tubular]
+def _walls(structures: Mapping[int, Label]) -> list[int]:
+    return [k for k, s in structures.items() if not s.thin]
 
 
 def register_neighbour(
-    source: LabelMap, other: LabelMap, structures: Mapping[int, Structure], spacing_mm: Sequence[float]
+    source: LabelMap, other: LabelMap, structures: Mapping[int, Label], spacing_mm: Sequence[float]
 ) -> Neighbour:
     """Aligns another reference with a source and registers the source to it; both (H, W, D) of one spacing.
 
@@ -68,15 +69,13 @@ class Reference:
             touched is absent, or the map is a single slice.
     """
 
-    def __init__(
-        self, label_map: LabelMap, structures: Mapping[int, Structure], *, spacing_mm: Sequence[float]
-    ) -> None:
+    def __init__(self, label_map: LabelMap, structures: Mapping[int, Label], *, spacing_mm: Sequence[float]) -> None:
         if min(label_map.shape) < 2:
             raise ValueError(f"label_map must have two voxels along each axis, got {label_map.shape}; use a volume.")
         self.label_map, self.spacing_mm = label_map, [float(s) for s in spacing_mm]
         self.structures = {k: s for k, s in structures.items() if (label_map == k).any()}
-        self.anatomy: Anatomy = measure_anatomy(label_map, self.structures, self.spacing_mm)
-        self.vessels = [k for k, s in self.structures.items() if s.tubular]
+        self.anatomy: MaskMeasures = measure_mask(label_map, self.structures, self.spacing_mm)
+        self.vessels = [k for k, s in self.structures.items() if s.thin]
         self.walls = _walls(self.structures)
         for k, structure in self.structures.items():
             absent = [other for other in structure.touches if not (label_map == other).any()]
@@ -89,7 +88,7 @@ class Reference:
             if self.anatomy.betti[k][1:] != (0, 0):
                 raise ValueError(
                     f"label {k} ({structures[k].name}) has Betti numbers {self.anatomy.betti[k]}; a vessel is drawn "
-                    "as a tree without handles or cavities: prepare it with max_handles=0 and keep=false."
+                    "as a tree without handles or cavities: prepare it with handles=0 and keep=false."
                 )
         self.trees = {k: self._tree(k) for k in self.vessels}
         # voxels over cones: cones leave round ends out and count forks twice
@@ -104,7 +103,7 @@ class Reference:
         if tree_volume_mm3(tree) == 0:
             raise ValueError(
                 f"label {k} ({self.structures[k].name}) has no length, as every vessel has; correct the reference, "
-                "or set tubular=false."
+                "or set thin=false."
             )
         if self.structures[k].touches:
             return tree

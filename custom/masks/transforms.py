@@ -15,13 +15,14 @@ from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleT
 
 from custom.geometry.deformation import identity_coordinates
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
-from custom.masks.gate import Rules
+from custom.masks.gate import MaskGate
 from custom.masks.generator import Edits, Generated, MaskGenerator, Motion, NotAcceptedError
-from custom.masks.preparation import LabelMap, Structure, prepare_label_map
+from custom.masks.preparation import LabelMap, prepare_label_map
 from custom.masks.reference import Neighbour, Reference, register_neighbour
 from custom.runs.files import content_hash, replace_file, write_json
+from custom.volumes.anatomy import Label
 from custom.volumes.cases import case_name
-from custom.volumes.grids import plain, sample_cubic
+from custom.volumes.grids import as_batch, sample_cubic
 from custom.volumes.reading import LoadVolumesd, file_of
 from custom.volumes.writing import SaveVolumed
 
@@ -37,7 +38,7 @@ class PrepareMaskd(Transform):
         output_dir: of the run.
     """
 
-    def __init__(self, structures: Mapping[Any, Structure], *, smoothing_mm: float, output_dir: str) -> None:
+    def __init__(self, structures: Mapping[Any, Label], *, smoothing_mm: float, output_dir: str) -> None:
         self.structures, self.smoothing_mm = by_number(structures), smoothing_mm
         self.output_dir = Path(output_dir)
 
@@ -62,7 +63,7 @@ class PrepareMaskd(Transform):
         return {**data, "label": MetaTensor(torch.from_numpy(prepared)[None], meta=label.meta)}
 
 
-def by_number(structures: Mapping[Any, Structure]) -> dict[int, Structure]:
+def by_number(structures: Mapping[Any, Label]) -> dict[int, Label]:
     """Structures of a config, whose keys are texts, by label id.
 
     Raises:
@@ -106,7 +107,7 @@ class GenerateMaskd(Transform):
         structures: label id (a number or its text) -> what it is meant to be.
         seed: of the run; a mask depends on it, its `index` and the content of its source and neighbours alone.
         motion, edits: how far to move, how to change vessels.
-        rules: limits of acceptance by name, see `custom.masks.gate.Rules`.
+        rules: limits of acceptance by name, see `custom.masks.gate.MaskGate`.
         cache_dir: registrations are kept here, by the content of both label maps.
         with_image: also deform `image`, the file of the source's image; adds it as `image`.
 
@@ -116,7 +117,7 @@ class GenerateMaskd(Transform):
 
     def __init__(
         self,
-        structures: Mapping[Any, Structure],
+        structures: Mapping[Any, Label],
         *,
         seed: int,
         motion: Motion,
@@ -128,7 +129,7 @@ class GenerateMaskd(Transform):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
         self.structures, self.seed, self.motion, self.edits = by_number(structures), seed, motion, edits
-        self.rules, self.cache_dir, self.with_image = Rules.from_config(rules), Path(cache_dir), with_image
+        self.rules, self.cache_dir, self.with_image = MaskGate.from_config(rules), Path(cache_dir), with_image
         self.orient = Compose([EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
         self._source: tuple[str, MaskGenerator] | None = None
 
@@ -187,7 +188,7 @@ class GenerateMaskd(Transform):
         if image.shape != item["label"].shape or not torch.allclose(image.affine, item["label"].affine, atol=1e-3):
             image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, item["label"])
         where = identity_coordinates(made.displacement.shape[2:]) + made.displacement
-        return MetaTensor(sample_cubic(plain(image), where)[0], meta=item["label"].meta)
+        return MetaTensor(sample_cubic(as_batch(image), where)[0], meta=item["label"].meta)
 
 
 class SaveMaskd(Transform):

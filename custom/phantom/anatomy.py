@@ -19,11 +19,11 @@ from custom.phantom.labels import INTENDED_BETTI, LABELS, TopologyError, label_m
 from custom.phantom.survey import Survey
 from custom.phantom.thorax import lung_vessels, thorax_layers
 
-__all__ = ["INTENDED_BETTI", "LABELS", "Anatomy", "TopologyError", "build_anatomy"]
+__all__ = ["INTENDED_BETTI", "LABELS", "Geometry", "TopologyError", "build_geometry"]
 
 
 @dataclass
-class Anatomy:
+class Geometry:
     """One subject's geometry on a grid.
 
     Attributes:
@@ -64,7 +64,7 @@ def _assemble(
     return layers
 
 
-def build_anatomy(shape: tuple[int, int, int], spacing_mm: float, rng: np.random.Generator) -> Anatomy:
+def build_geometry(shape: tuple[int, int, int], spacing_mm: float, rng: np.random.Generator) -> Geometry:
     """Draws one subject's geometry.
 
     Args:
@@ -97,4 +97,4 @@ def build_anatomy(shape: tuple[int, int, int], spacing_mm: float, rng: np.random
     blood = np.minimum.reduce([v for n, v in d.items() if n != "myocardium"])
     lengths = {n: curve_length(p) for n, p, _ in curves if n in kept}
     parameters = frame.parameters | measures | {"coronary_size": size, "coronary_length_mm": lengths}
-    return Anatomy(label, layers, blood, curve | {n: p for n, p, _ in curves}, parameters)
+    return Geometry(label, layers, blood, curve | {n: p for n, p, _ in curves}, parameters)

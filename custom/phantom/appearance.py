@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from custom.phantom.anatomy import Anatomy
+from custom.phantom.anatomy import Geometry
 from custom.phantom.geometry import Array
 from custom.phantom.labels import LABELS
 
@@ -76,7 +76,7 @@ def draw_appearance(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def paint(anatomy: Anatomy, look: dict[str, Any], spacing_mm: float, rng: np.random.Generator) -> Array:
+def paint(anatomy: Geometry, look: dict[str, Any], spacing_mm: float, rng: np.random.Generator) -> Array:
     """Tissues over one another by coverage, each a mean HU plus its own share of common texture fields."""
     shape = anatomy.label.shape
     fine = _field(shape, 1.3 / spacing_mm, rng)
@@ -109,7 +109,7 @@ def draw_noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, 
     return grain * (np.float32(look["noise_hu"]) / grain.std()) * envelope[..., None]
 
 
-def add_artefacts(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random.Generator) -> dict[str, Any]:
+def add_artefacts(hu: Array, anatomy: Geometry, spacing_mm: float, rng: np.random.Generator) -> dict[str, Any]:
     """Paints calcified plaques, streaks at the superior vena cava and mixing in the right atrium, in place."""
     shape = hu.shape
     voxel = np.stack(np.nonzero(anatomy.label == LABELS["coronaries"]), axis=1)
@@ -133,7 +133,7 @@ def add_artefacts(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random
     return {"plaques": len(plaques), "streak_hu": strength, "mixing_hu": mixing}
 
 
-def move_right_artery(hu: Array, anatomy: Anatomy, spacing_mm: float, rng: np.random.Generator) -> float:
+def move_right_artery(hu: Array, anatomy: Geometry, spacing_mm: float, rng: np.random.Generator) -> float:
     """Averages the neighbourhood of the right coronary artery over a short in-plane motion, in place; returns mm."""
     motion_mm = float(rng.uniform(1.0, 4.0))
     heading = rng.uniform(0, 2 * np.pi)

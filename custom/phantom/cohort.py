@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from custom.phantom.anatomy import Anatomy, build_anatomy
+from custom.phantom.anatomy import Geometry, build_geometry
 from custom.phantom.appearance import add_artefacts, draw_appearance, draw_noise, move_right_artery, paint, scan
 from custom.phantom.labels import INTENDED_BETTI, LABELS, TopologyError
 from custom.runs.files import replace_file, write_json
@@ -72,11 +72,11 @@ def _check_grid(shape: Any, spacing_mm: float) -> tuple[int, int, int]:
     return grid  # type: ignore[return-value]
 
 
-def _draw_anatomy(seed: int, index: int, shape: tuple[int, int, int], spacing_mm: float) -> tuple[Anatomy, int]:
+def _draw_anatomy(seed: int, index: int, shape: tuple[int, int, int], spacing_mm: float) -> tuple[Geometry, int]:
     """First draw whose label map has the intended topology, and its number."""
     for draw in range(MAX_DRAWS):
         try:
-            return build_anatomy(shape, spacing_mm, np.random.default_rng([seed, index, 0, draw])), draw
+            return build_geometry(shape, spacing_mm, np.random.default_rng([seed, index, 0, draw])), draw
         except TopologyError as error:
             logger.debug("subject %d, draw %d: %s", index, draw, error)
     raise TopologyError(

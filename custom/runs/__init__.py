@@ -4,7 +4,7 @@ from custom.runs.files import file_hash, file_hashes
 from custom.runs.folders import claim_folder, lock_folder, unlock_folder
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import tracking_store
-from custom.runs.weights import KeepBest, KeepLast, LoadWeights, WeightAverage, declared, load_pretrained
+from custom.runs.weights import KeepBest, KeepLast, LoadWeights, WeightAverage, existing_handler, load_pretrained
 
 __all__ = [
     "KeepBest",
@@ -14,7 +14,7 @@ __all__ = [
     "SeedEachEpoch",
     "WeightAverage",
     "claim_folder",
-    "declared",
+    "existing_handler",
     "file_hash",
     "file_hashes",
     "load_pretrained",

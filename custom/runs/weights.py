@@ -18,7 +18,7 @@ from custom.runs.files import replace_file
 logger = logging.getLogger(__name__)
 
 
-def declared(handler: Any) -> Any:
+def existing_handler(handler: Any) -> Any:
     """Return a handler that the config declares elsewhere, because other parts refer to it.
 
     MONAI asks for handler lists of plain dictionaries; this is the dictionary around a reference.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from custom.volumes.cases import _number, check_files, load_cases
+from custom.volumes.cases import check_files, load_cases, read_number
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def pretraining_cases(
         without = sum(key not in case for case in cases)
         if without:
             logger.warning("%d of %d synthetic cases have no %s: they count as 1", without, len(cases), key)
-    scores = [_number(case, "score_hu", str(datalists)) if "score_hu" in case else float("nan") for case in cases]
+    scores = [read_number(case, "score_hu", str(datalists)) if "score_hu" in case else float("nan") for case in cases]
     for case, weight in zip(cases, sample_weights(scores), strict=True):
         case["sample_weight"] = weight
         case.pop("score_hu", None)

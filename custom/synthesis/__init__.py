@@ -2,6 +2,13 @@
 
 from custom.synthesis.cases import incomplete, synthesis_cases
 from custom.synthesis.report import write_report
-from custom.synthesis.writing import Gated, SaveSyntheticd, write_synthetic_datalist
+from custom.synthesis.writing import JudgeRenderingd, SaveSyntheticd, write_synthetic_datalist
 
-__all__ = ["Gated", "SaveSyntheticd", "incomplete", "synthesis_cases", "write_report", "write_synthetic_datalist"]
+__all__ = [
+    "JudgeRenderingd",
+    "SaveSyntheticd",
+    "incomplete",
+    "synthesis_cases",
+    "write_report",
+    "write_synthetic_datalist",
+]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from monai.transforms import LoadImage, Transform
 
-from custom.evaluation.gate import Gate, examine, rejections
+from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.runs.files import file_hash, replace_file, write_json
 from custom.synthesis.cases import _label_mapper, record_of
-from custom.volumes.grids import plain
+from custom.volumes.grids import as_batch
 from custom.volumes.writing import SaveVolumed
 
 logger = logging.getLogger(__name__)
@@ -24,25 +24,27 @@ logger = logging.getLogger(__name__)
 ACCEPTED, REJECTED = "", "rejected/"
 
 
-class Gated(Transform):
+class JudgeRenderingd(Transform):
     """Add `measures` of the image and `rejected`, the limits it breaks.
 
     Args:
-        limits: by name, see `custom.evaluation.gate.Gate`.
+        limits: by name, see `custom.evaluation.gate.ImageGate`.
         thin_labels: ids of vessels.
     """
 
     def __init__(self, limits: Mapping[str, Any], *, thin_labels: Sequence[int]) -> None:
-        self.gate, self.thin_labels = Gate.from_config(limits), list(thin_labels)
+        self.gate, self.thin_labels = ImageGate.from_config(limits), list(thin_labels)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Judge one item, on the grid of the model."""
-        label, template_label = (plain(data[k])[0, 0].cpu().round().long().numpy() for k in ("label", "template_label"))
+        label, template_label = (
+            as_batch(data[k])[0, 0].cpu().round().long().numpy() for k in ("label", "template_label")
+        )
         measures = examine(
-            plain(data["pred"])[0, 0].cpu().numpy(),
+            as_batch(data["pred"])[0, 0].cpu().numpy(),
             label,
             template_statistics=torch.as_tensor(data["statistics"]).tolist(),
-            template=(plain(data["template_image"])[0, 0].cpu().numpy(), template_label),
+            template=(as_batch(data["template_image"])[0, 0].cpu().numpy(), template_label),
             thin_labels=self.thin_labels,
         )
         return {**data, "measures": measures, "rejected": rejections(measures, data["score"], self.gate)}

@@ -41,7 +41,7 @@ def _file(item: Mapping[str, Any], key: str, source: str) -> str:
     return str(item[key])
 
 
-def _number(item: Mapping[str, Any], key: str, source: str) -> float:
+def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
     if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
         _refuse(item, key, "a number, at least 0", source)
     return float(item[key])
@@ -93,7 +93,7 @@ def load_cases(
             own = [*keys, *(key for key in extra_files if key in item)]
             files = {key: os.path.join(base, _file(item, key, datalist)) for key in own}
             more = {key: item[key] for key in extras if key in item}
-            weight = _number({"weight": 1.0, **item}, "weight", datalist)
+            weight = read_number({"weight": 1.0, **item}, "weight", datalist)
             cases.append({**files, **more, "case": case_name(item["label"]), "weight": weight})
     if not cases:
         raise ValueError(f"{datalists}: no case in section {section!r}; check the section names")

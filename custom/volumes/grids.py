@@ -14,14 +14,14 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 
-def at(x: torch.Tensor, window: Sequence[slice]) -> torch.Tensor:
+def crop(x: torch.Tensor, window: Sequence[slice]) -> torch.Tensor:
     """View of (..., H, W, D) in a window of three slices."""
     return x[..., window[0], window[1], window[2]]
 
 
-def corner(size: Sequence[int]) -> tuple[slice, ...]:
-    """Window of the given size at the first voxel; takes padding at the far end away."""
-    return tuple(slice(n) for n in size)
+def crop_to(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """View of the first voxels of (..., H, W, D) along each axis: takes padding at the far end away."""
+    return crop(x, [slice(n) for n in size])
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -32,12 +32,12 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(x, [p for m in reversed(missing) for p in (0, m)], mode="replicate")
 
 
-def plain(volume: torch.Tensor) -> torch.Tensor:
+def as_batch(volume: torch.Tensor) -> torch.Tensor:
     """(1, H, W, D), MetaTensor or not -> plain float (1, 1, H, W, D)."""
     return torch.as_tensor(volume).as_subclass(torch.Tensor).float()[None]
 
 
-def _like(volume: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def on_grid_of(volume: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """(1, 1, H, W, D) -> (1, H, W, D) on the grid of a reference."""
     return MetaTensor(volume[0], meta=reference.meta) if isinstance(reference, MetaTensor) else volume[0]
 

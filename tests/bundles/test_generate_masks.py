@@ -16,8 +16,8 @@ from helpers import BUNDLE, CONFIGS, ORGAN, airway, assert_kept, fails_with, oth
 from monai.bundle import ConfigWorkflow
 
 from custom.masks.cases import generation_cases
-from custom.masks.preparation import Structure
 from custom.masks.transforms import PrepareMaskd, by_number
+from custom.volumes.anatomy import Label
 
 LPS = np.diag([-2.5, -2.5, 2.5, 1.0])
 OBLIQUE = np.array([[2.4, -0.3, 0.0, 7.0], [0.3, 2.4, 0.2, -80.0], [0.0, -0.2, 2.5, 33.0], [0, 0, 0, 1]])
@@ -89,7 +89,7 @@ def test_masks_lie_on_the_grid_of_their_reference_and_keep_its_topology(made, co
     for k, image in enumerate(masks(made).values()):
         source = nib.load(made / "prepared" / f"subject_00{k % 2}.nii.gz")
         np.testing.assert_allclose(image.affine, nib.load(cohort / f"labels/subject_00{k % 2}.nii.gz").affine)
-        heart = {k: Structure(str(k), touches=(6,) * (k == 9)) for k in range(1, 11)}
+        heart = {k: Label(str(k), touches=(6,) * (k == 9)) for k in range(1, 11)}
         assert_kept(values(image), values(source), heart)
         assert (values(image) != values(source)).mean() > 0.01
 
@@ -146,7 +146,7 @@ def test_a_chosen_spacing_and_references_of_different_grids(cohort, tmp_path):
 def test_a_second_organ_needs_no_code(tmp_path):
     nib.save(nib.Nifti1Image(airway(), np.eye(4)), tmp_path / "airway.nii.gz")
     (tmp_path / "list.json").write_text(json.dumps({"training": [{"label": "airway.nii.gz"}]}))
-    target = "custom.masks.preparation.Structure"
+    target = "custom.masks.preparation.Label"
     structures = {
         "1": {"_target_": target, "name": "lung"},
         "2": {"_target_": target, "name": "airway", "tubular": True, "touches": [3]},
@@ -236,7 +236,7 @@ def test_a_program_error_is_not_taken_for_a_rejection(cohort, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr("custom.mask_generation.exponentiate", fail)
+    monkeypatch.setattr("custom.masks.generator.exponentiate", fail)
     with fails_with("can't allocate memory"):
         generate(cohort / "datalist.json", tmp_path / "out")
     assert not list((tmp_path / "out").glob("records/*"))
@@ -318,9 +318,9 @@ def test_a_mask_has_one_source_whatever_the_count():
 @pytest.mark.parametrize(
     ("structures", "message"),
     [
-        ({"aorta": Structure("aorta")}, r"keys must be label ids, got \['aorta'\]"),
-        ({"0": Structure("background")}, r"label ids must be 1 to 255, got 0"),
-        ({"9": Structure("vessel", touches=(6,))}, r"vessel must touch \[6\], of which no structure is described"),
+        ({"aorta": Label("aorta")}, r"keys must be label ids, got \['aorta'\]"),
+        ({"0": Label("background")}, r"label ids must be 1 to 255, got 0"),
+        ({"9": Label("vessel", touches=(6,))}, r"vessel must touch \[6\], of which no structure is described"),
     ],
 )
 def test_structures_that_make_no_sense_are_refused(structures, message):

@@ -17,7 +17,7 @@ from custom.diffusion.transforms import (
     SplitNoised,
     VaryContrastd,
 )
-from custom.volumes.grids import InvertImaged, plain, sample_cubic
+from custom.volumes.grids import InvertImaged, as_batch, sample_cubic
 from custom.volumes.intensity import label_statistics, noise_sd
 
 SIZE = (14, 12, 13)
@@ -288,7 +288,7 @@ def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
 
 
 def test_plain_strips_metadata_and_adds_the_batch():
-    result = plain(volume(torch.ones(1, 2, 3, 4, dtype=torch.int16)))
+    result = as_batch(volume(torch.ones(1, 2, 3, 4, dtype=torch.int16)))
     assert type(result) is torch.Tensor
     assert result.shape == (1, 1, 2, 3, 4)
     assert result.dtype == torch.float32
@@ -326,7 +326,7 @@ def scanned(case="a"):
     box(label, 1, (8, 2, 2), (13, 10, 11))
     box(label, 2, (1, 2, 2), (7, 10, 11))
     label, image = volume(label), volume(torch.tensor([-60.0, 100.0, 400.0])[label.long()])
-    statistics = label_statistics(plain(image), plain(label), 3)
+    statistics = label_statistics(as_batch(image), as_batch(label), 3)
     return {"template_image": image, "template_label": label, "statistics": statistics, "case": case}
 
 
@@ -336,10 +336,10 @@ def test_contrast_varies_by_label_and_what_is_filled_varies_together():
     change = item["statistics"][:, 0] - given["statistics"][:, 0]
     assert abs(float(change[2])) > 5
     assert float(change[1]) == pytest.approx(0, abs=0.1)
-    inside = ndimage.binary_erosion(plain(item["template_label"])[0, 0].numpy() != 2, iterations=3)
-    moved = (plain(item["template_image"]) - plain(given["template_image"]))[0, 0].numpy()
+    inside = ndimage.binary_erosion(as_batch(item["template_label"])[0, 0].numpy() != 2, iterations=3)
+    moved = (as_batch(item["template_image"]) - as_batch(given["template_image"]))[0, 0].numpy()
     assert np.abs(moved[inside]).max() < 1e-3, "what is not filled must stay"
-    measured = label_statistics(plain(item["template_image"]), plain(item["template_label"]), 3)
+    measured = label_statistics(as_batch(item["template_image"]), as_batch(item["template_label"]), 3)
     torch.testing.assert_close(item["statistics"], measured)
 
 
@@ -347,7 +347,7 @@ def test_contrast_depends_on_seed_and_case_alone():
     def change(case, seed):
         vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=20.0, seed=seed)
         vary(scanned("another"))
-        return plain(vary(scanned(case))["template_image"])
+        return as_batch(vary(scanned(case))["template_image"])
 
     assert torch.equal(change("a", 0), change("a", 0))
     assert not torch.equal(change("a", 0), change("b", 0))

@@ -78,7 +78,7 @@ def embed(image, label):
 
 
 def test_a_users_features_are_named_in_the_config(workflow, cohort, planted):
-    features = {"_target_": "test_measuring.embed", "_mode_": "callable"}
+    features = {"_target_": f"{embed.__module__}.embed", "_mode_": "callable"}
     found = measure(workflow, cohort, planted, features=features, feature_names=None, measuring=["@measures"])
     assert {row["feature"] for row in found["largest_shifts"]} == {"feature 0", "feature 1"}
 

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 from shapes import ball, torus, tube
 
-from custom.masks.gate import Rules, mean_dice, measure_anatomy, violations, wall_thickness_mm
-from custom.masks.preparation import Structure
+from custom.masks.gate import MaskGate, mean_dice, measure_mask, rejections, wall_thickness_mm
+from custom.volumes.anatomy import Label
 
-STRUCTURES = {
-    1: Structure("chamber"),
-    2: Structure("vessel", tubular=True, touches=(1,)),
-    3: Structure("wall", wall=True),
-}
+STRUCTURES = {1: Label("chamber"), 2: Label("vessel", thin=True, touches=(1,)), 3: Label("wall", wall=True)}
 SPACING = (1.0, 1.0, 1.0)
 FINE = {"det_jacobian": 0.5, "dice": 0.7, "repaired": {1: 0.001}, "vessel_volume_ratio": {2: 1.0}}
 
@@ -27,9 +23,9 @@ def anatomy_map(chamber=None, vessel=None, wall=None):
 
 
 def broken(new=None, rules=None, **measured):
-    source = measure_anatomy(anatomy_map(), STRUCTURES, SPACING)
-    anatomy = source if new is None else measure_anatomy(new, STRUCTURES, SPACING)
-    return violations(anatomy, source, STRUCTURES, rules or Rules(), {**FINE, **measured})
+    source = measure_mask(anatomy_map(), STRUCTURES, SPACING)
+    anatomy = source if new is None else measure_mask(new, STRUCTURES, SPACING)
+    return rejections(anatomy, source, STRUCTURES, rules or MaskGate(), {**FINE, **measured})
 
 
 def test_the_source_itself_breaks_nothing():
@@ -51,7 +47,7 @@ def test_the_source_itself_breaks_nothing():
     ],
 )
 def test_each_change_of_anatomy_is_named(new, message):
-    lines = broken(new, replace(Rules(), wall_thickness_ratio=(0.8, 1.25)))
+    lines = broken(new, replace(MaskGate(), wall_thickness_ratio=(0.8, 1.25)))
     assert any(message in line for line in lines), lines
 
 
@@ -66,26 +62,26 @@ def test_each_change_of_anatomy_is_named(new, message):
 )
 def test_each_measure_out_of_its_limit_is_named_and_can_be_switched_off(measured, message):
     assert broken(**measured) == [message]
-    assert broken(rules=replace(Rules(), **{message.split(":")[0]: None}), **measured) == []
+    assert broken(rules=replace(MaskGate(), **{message.split(":")[0]: None}), **measured) == []
 
 
 def test_topology_and_attachment_cannot_be_switched_off():
-    off = Rules(**dict.fromkeys(Rules.__dataclass_fields__))
+    off = MaskGate(**dict.fromkeys(MaskGate.__dataclass_fields__))
     assert [line.split(":")[0] for line in broken(anatomy_map(chamber=torus(4, 1)), rules=off)] == ["betti", "touches"]
 
 
 def test_small_contacts_may_come_and_go():
     apart = anatomy_map(chamber=ball(5), wall=ball(11) & ~ball(9))
     touching = anatomy_map(chamber=ball(5) | tube((0, 0, 0), (9, 0, 0), 0.5), wall=ball(11) & ~ball(9))
-    source = measure_anatomy(apart, STRUCTURES, SPACING)
-    area = measure_anatomy(touching, STRUCTURES, SPACING).contacts_mm2[1, 3]
+    source = measure_mask(apart, STRUCTURES, SPACING)
+    area = measure_mask(touching, STRUCTURES, SPACING).contacts_mm2[1, 3]
     assert 0 < area < 50
 
     def contact_lines(limit):
-        new = measure_anatomy(touching, STRUCTURES, SPACING)
+        new = measure_mask(touching, STRUCTURES, SPACING)
         return [
             line
-            for line in violations(new, source, STRUCTURES, replace(Rules(), min_contact_mm2=limit), FINE)
+            for line in rejections(new, source, STRUCTURES, replace(MaskGate(), min_contact_mm2=limit), FINE)
             if "contact" in line
         ]
 
@@ -129,9 +125,9 @@ def test_mean_dice_is_over_labels_that_either_map_holds():
 )
 def test_unknown_rules_and_impossible_ranges_are_refused(rules, message):
     with pytest.raises(ValueError, match=message):
-        Rules.from_config(rules)
+        MaskGate.from_config(rules)
 
 
 def test_rules_from_a_config_keep_the_defaults_they_do_not_name():
-    rules = Rules.from_config({"volume_ratio": [0.7, 1.4], "max_dice": None})
-    assert rules == replace(Rules(), volume_ratio=(0.7, 1.4), max_dice=None)
+    rules = MaskGate.from_config({"volume_ratio": [0.7, 1.4], "max_dice": None})
+    assert rules == replace(MaskGate(), volume_ratio=(0.7, 1.4), max_dice=None)

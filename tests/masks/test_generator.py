@@ -11,16 +11,17 @@ from shapes import torus
 from custom.geometry.deformation import jacobian_determinant, warp
 from custom.geometry.topology import betti_numbers
 from custom.geometry.vessels import read_tree, tree_length_mm
-from custom.masks.gate import Rules
+from custom.masks.gate import MaskGate
 from custom.masks.generator import Edits, MaskGenerator, Motion, NotAcceptedError
-from custom.masks.preparation import Structure, dice, prepare_label_map
+from custom.masks.preparation import dice, prepare_label_map
 from custom.masks.reference import Reference, fill_nearest, register_neighbour
 from custom.phantom.cohort import make_subject
+from custom.volumes.anatomy import Label
 
-HEART = {k: Structure(f"label {k}") for k in (2, 3, 4, 5, 6, 7, 8)} | {
-    1: Structure("myocardium", wall=True),
-    9: Structure("coronaries", components=2, tubular=True, touches=(6,)),
-    10: Structure("pulmonary veins", components=4),
+HEART = {k: Label(f"label {k}") for k in (2, 3, 4, 5, 6, 7, 8)} | {
+    1: Label("myocardium", wall=True),
+    9: Label("coronaries", components=2, thin=True, touches=(6,)),
+    10: Label("pulmonary veins", components=4),
 }
 SPACING = (2.0, 2.0, 2.0)
 
@@ -107,7 +108,7 @@ def test_each_retry_moves_less(phantoms):
     generator = MaskGenerator(reference, motion=Motion(shrink=0.5))
     lengths = [generator.draw_velocity((0, 0), attempt)[0].norm(dim=1).mean() for attempt in range(3)]
     assert lengths[2] < lengths[1] < lengths[0]
-    rules = replace(Rules(), min_det_jacobian=0.6)
+    rules = replace(MaskGate(), min_det_jacobian=0.6)
     made = MaskGenerator(reference, motion=Motion(shrink=0.5, retries=8), rules=rules)((0, 0))
     assert made.record["retries"] > 0
     assert "min_det_jacobian" in made.record["attempts"][0]["rejected"][0]
@@ -134,7 +135,7 @@ def test_labels_that_touch_the_border_stay_on_the_grid(phantoms):
 
 
 def test_a_vessel_with_a_loop_is_no_tree():
-    structures = {1: Structure("ring", tubular=True, max_handles=1)}
+    structures = {1: Label("ring", thin=True, handles=1)}
     with pytest.raises(
         ValueError, match=r"label 1 \(ring\) has Betti numbers \(1, 1, 0\); a vessel is drawn as a tree"
     ):
@@ -162,10 +163,10 @@ def test_trees_that_cross_far_from_their_roots_are_severed_and_refused():
     label[5:25, 5:25, 30:36] = 1
     label[8, 14, 4:30], label[20, 14, 6:30] = 2, 2
     label[8:26, 14, 4] = 2  # the longer one bends and passes below the end of the other
-    structures = {1: Structure("heart"), 2: Structure("vessels", components=2, tubular=True, touches=(1,))}
+    structures = {1: Label("heart"), 2: Label("vessels", components=2, thin=True, touches=(1,))}
     reference = Reference(label, structures, spacing_mm=(1.0, 1.0, 1.0))
     thick = Edits(radius_range=(2.0, 2.0))
-    rules = Rules(**dict.fromkeys(Rules.__dataclass_fields__))
+    rules = MaskGate(**dict.fromkeys(MaskGate.__dataclass_fields__))
     still = Motion(coarse_mm=0, fine_mm=0, retries=0)
     with pytest.raises(NotAcceptedError, match=r"severed: 0\.\d\d of tree [01] of label 2 are cut off"):
         MaskGenerator(reference, motion=still, edits=thick, rules=rules)((0, 0))
@@ -174,15 +175,11 @@ def test_trees_that_cross_far_from_their_roots_are_severed_and_refused():
 @pytest.mark.parametrize(
     ("label", "structures", "message"),
     [
-        (np.ones((8, 8, 1), np.uint8), {1: Structure("a")}, r"two voxels along each axis, got \(8, 8, 1\)"),
+        (np.ones((8, 8, 1), np.uint8), {1: Label("a")}, r"two voxels along each axis, got \(8, 8, 1\)"),
+        (np.pad(np.ones((3, 3, 3), np.uint8), 4), {1: Label("blob", thin=True)}, r"label 1 \(blob\) has no length"),
         (
             np.pad(np.ones((3, 3, 3), np.uint8), 4),
-            {1: Structure("blob", tubular=True)},
-            r"label 1 \(blob\) has no length",
-        ),
-        (
-            np.pad(np.ones((3, 3, 3), np.uint8), 4),
-            {1: Structure("a", touches=(2,)), 2: Structure("b")},
+            {1: Label("a", touches=(2,)), 2: Label("b")},
             r"label 1 \(a\) must touch \[2\], which the map does not hold",
         ),
     ],
@@ -195,7 +192,7 @@ def test_references_that_cannot_be_deformed_are_refused(label, structures, messa
 def test_a_map_without_background_is_deformed():
     label = np.ones((20, 20, 20), np.uint8)
     label[:, :, 10:] = 2
-    structures = {1: Structure("low"), 2: Structure("high")}
+    structures = {1: Label("low"), 2: Label("high")}
     made = MaskGenerator(Reference(label, structures, spacing_mm=(2.0, 2.0, 2.0)))((0, 0))
     assert set(np.unique(made.label_map)) == {1, 2}
 
@@ -204,7 +201,7 @@ def test_intended_cavities_stay():
     label = np.zeros((30, 30, 30), np.uint8)
     label[5:25, 5:25, 5:25] = 1
     label[12:18, 12:18, 12:18] = 0
-    reference = Reference(label, {1: Structure("shell", keep=True)}, spacing_mm=(1.0, 1.0, 1.0))
+    reference = Reference(label, {1: Label("shell", keep=True)}, spacing_mm=(1.0, 1.0, 1.0))
     made = MaskGenerator(reference, motion=Motion(coarse_mm=3, fine_mm=1, margin_mm=5))((0, 0))
     assert betti_numbers(made.label_map == 1) == (1, 0, 1)
 

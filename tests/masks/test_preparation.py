@@ -5,10 +5,11 @@ import pytest
 from shapes import ball, torus, tube
 
 from custom.geometry.topology import betti_numbers
-from custom.masks.preparation import Structure, prepare_label_map, smooth_label_map
+from custom.masks.preparation import prepare_label_map, smooth_label_map
+from custom.volumes.anatomy import Label
 
 SPACING = (1.0, 1.0, 1.0)
-CHAMBER, VESSEL = Structure("chamber"), Structure("vessel", max_handles=0, tubular=True, touches=(1,))
+CHAMBER, VESSEL = Label("chamber"), Label("vessel", handles=0, thin=True, touches=(1,))
 
 
 def noisy_ball():
@@ -36,7 +37,7 @@ def test_a_second_preparation_hardly_changes_anything():
 @pytest.mark.parametrize(("allowed", "handles"), [(0, 0), (1, 1)])
 def test_handles_are_cut_only_beyond_the_allowed_number(allowed, handles):
     label = torus().astype(np.uint8)
-    prepared, _ = prepare_label_map(label, {1: Structure("ring", max_handles=allowed)}, spacing_mm=SPACING)
+    prepared, _ = prepare_label_map(label, {1: Label("ring", handles=allowed)}, spacing_mm=SPACING)
     assert betti_numbers(prepared == 1) == (1, handles, 0)
 
 
@@ -60,7 +61,7 @@ def test_smoothing_is_in_mm_along_each_axis():
 def test_ids_without_a_structure_become_background_and_absent_ones_are_not_reported():
     label = ball(6).astype(np.uint8)
     label[ball(3, (11, 0, 0))] = 7
-    prepared, report = prepare_label_map(label, {1: CHAMBER, 4: Structure("absent")}, spacing_mm=SPACING)
+    prepared, report = prepare_label_map(label, {1: CHAMBER, 4: Label("absent")}, spacing_mm=SPACING)
     assert set(np.unique(prepared)) == {0, 1}
     assert list(report) == [1]
 
@@ -77,13 +78,13 @@ def test_a_label_cut_by_the_border_stays_there():
         (np.zeros((9, 9, 9)), {1: CHAMBER}, r"none of the labels \[1\]"),
         (np.ones((1, 9, 9, 9)), {1: CHAMBER}, r"must be 3D"),
         (np.full((9, 9, 9), 0.5), {1: CHAMBER}, r"whole numbers"),
-        (ball(5), {1: Structure("pair", components=2)}, r"label 1 \(pair\) has 1 components, 2 are intended"),
+        (ball(5), {1: Label("pair", components=2)}, r"label 1 \(pair\) has 1 components, 2 are intended"),
         (
             ball(5) + 2 * tube((12, 0, -5), (12, 0, 5), 1),
             {1: CHAMBER, 2: VESSEL},
             r"0 of 1 components touch label 1, all must",
         ),
-        (1 + 1 * ball(4), {1: CHAMBER, 2: Structure("core")}, r"label 1 \(chamber\) keeps 0 handles and 1 cavities"),
+        (1 + 1 * ball(4), {1: CHAMBER, 2: Label("core")}, r"label 1 \(chamber\) keeps 0 handles and 1 cavities"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused_by_name(label, structures, message):
@@ -93,8 +94,8 @@ def test_what_cannot_be_prepared_is_refused_by_name(label, structures, message):
 
 def test_impossible_intents_are_refused():
     with pytest.raises(ValueError, match=r"speck: components must be at least 1, got 0"):
-        Structure("speck", components=0)
+        Label("speck", components=0)
     with pytest.raises(ValueError, match=r"ring: max_handles must not be negative"):
-        Structure("ring", max_handles=-1)
+        Label("ring", handles=-1)
     with pytest.raises(ValueError, match=r"smoothing_mm must not be negative"):
         prepare_label_map(ball(3), {1: CHAMBER}, spacing_mm=SPACING, smoothing_mm=-1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import TINY, fails_with, other_process_at_work, template_of
 
-from custom.evaluation.gate import Gate, examine, rejections
+from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.synthesis.cases import synthesis_cases
 
 CONFIGS = ("inference.json", "synthesize.json")
@@ -186,7 +186,7 @@ def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
     measures = examine(image, label, template_statistics=table(means), template=None, thin_labels=[9])
     assert np.isnan(measures["vessel_contrast"])
     assert np.isnan(measures["vessel_continuity"])
-    assert rejections(measures, 5.0, Gate.from_config({"hu_ranges": None})) == []
+    assert rejections(measures, 5.0, ImageGate.from_config({"hu_ranges": None})) == []
 
 
 def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
@@ -294,7 +294,7 @@ def test_measures_of_a_perfect_image_are_those_of_its_template():
     assert measures["vessel_contrast"] == pytest.approx(1)
     assert measures["vessel_continuity"] == 1
     assert np.isnan(measures["template_copy"])
-    assert rejections(measures, 5.0, Gate()) == []
+    assert rejections(measures, 5.0, ImageGate()) == []
 
 
 def test_faint_broken_and_copied_images_are_named():
@@ -304,10 +304,10 @@ def test_faint_broken_and_copied_images_are_named():
     measures = examine(
         image + noise, label, template_statistics=table(MEANS), template=(image + noise, label), thin_labels=[9]
     )
-    gate = Gate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
+    gate = ImageGate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
     names = [line.split(":")[0] for line in rejections(measures, 5.0, gate)]
     assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
-    off = Gate(None, None, {}, None, None, None, None)
+    off = ImageGate(None, None, {}, None, None, None, None)
     assert rejections(measures, 5.0, off) == []
 
 
@@ -339,7 +339,7 @@ def test_a_label_drowned_in_noise_is_named():
     noise = np.random.default_rng(0).normal(0, 30, image.shape).astype(np.float32)
     measures = examine(image + noise, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["label_sd_ratio"] == {3: pytest.approx(3, rel=0.1)}
-    assert [line.split(" times")[0] for line in rejections(measures, 5.0, Gate())] == [
+    assert [line.split(" times")[0] for line in rejections(measures, 5.0, ImageGate())] == [
         f"max_label_sd_ratio: label 3 has {measures['label_sd_ratio'][3]:.1f}"
     ]
 
@@ -347,10 +347,10 @@ def test_a_label_drowned_in_noise_is_named():
 def test_a_label_off_its_template_is_named():
     image, label = painted(chamber_hu=300.0)
     measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
-    assert rejections(measures, 5.0, Gate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
+    assert rejections(measures, 5.0, ImageGate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
 
 
 def test_unknown_limits_are_refused():
     with pytest.raises(ValueError, match=r"gate: \['max_scor'\] do not exist; the limits are \['max_label_error_hu'"):
-        Gate.from_config({"max_scor": 3})
-    assert Gate.from_config({"hu_ranges": {"3": [1, 2]}}).hu_ranges == {3: (1.0, 2.0)}
+        ImageGate.from_config({"max_scor": 3})
+    assert ImageGate.from_config({"hu_ranges": {"3": [1, 2]}}).hu_ranges == {3: (1.0, 2.0)}
