@@ -1,7 +1,8 @@
-"""What every benchmark shares: where results go and what machine made them."""
+"""What every benchmark shares: the labels, where results go and what machine made them."""
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from monai.bundle import ConfigParser
 from scipy import ndimage
 
 from custom.runs.weights import LoadWeights
+from custom.volumes.anatomy import Anatomy
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = ROOT / "docs/pictures"
 TRAIN_CONFIG = ROOT / "bundles/structdiff_cardiac/configs/train.json"
+ANATOMY = Anatomy(json.loads(TRAIN_CONFIG.read_text())["anatomy"])
 
 
 def edge_bins(label: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:

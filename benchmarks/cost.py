@@ -22,7 +22,8 @@ from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionMo
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from custom.diffusion.network import CONTEXT_CHANNELS, StructDiffUNet
+from custom.diffusion.context import Context
+from custom.diffusion.network import StructDiffUNet
 from custom.runs.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -75,9 +76,10 @@ def _with_mask(size: int) -> dict[str, torch.Tensor]:
 
 
 def _with_context(size: int) -> dict[str, torch.Tensor]:
-    context = torch.randn(1, len(CONTEXT_CHANNELS), size, size, size)
-    context[:, [0, 2]] = torch.randint(0, NUM_LABELS, (1, 2, size, size, size)).float()
-    return {**_noisy(size), "context": context}
+    shape = (1, 1, size, size, size)
+    images = {name: torch.randn(shape) for name in Context._fields}
+    labels = {name: torch.randint(0, NUM_LABELS, shape).float() for name in ("target_label", "template_label")}
+    return {**_noisy(size), "context": Context(**(images | labels)).stacked()}
 
 
 def _with_condition(network: StructDiffUNet) -> Callable[[int], dict[str, Any]]:

@@ -23,7 +23,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import RESULTS, ROOT, edge_bins, machine
+from common import ANATOMY, RESULTS, ROOT, edge_bins, machine
 from scipy import ndimage
 from scipy.stats import spearmanr
 
@@ -36,7 +36,7 @@ from custom.volumes.intensity import label_statistics
 logger = logging.getLogger(__name__)
 
 GENERATOR, SEGMENTER = (ROOT / "bundles" / name for name in ("structdiff_cardiac", "structdiff_seg_cal"))
-LABEL_NAMES = json.loads((SEGMENTER / "configs/train.json").read_text())["label_names"]
+LABEL_NAMES = ANATOMY.names
 VESSEL = "coronary arteries"
 SHAPE, SPACING, POOL, TEST = (72, 72, 72), [2.0, 2.0, 2.0], 12, 8
 MASKS, CALIBRATION, WORST_SHARE = 32, 8, 0.25
@@ -59,7 +59,7 @@ MIXED, KNOWING = "CAL, real cases mixed in", "CAL, confidence that knows the err
 ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, MIXED, KNOWING)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence that knows them is one half
 SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
-VARYING = {key: SYNTHESIS[key] for key in ("contrast_shift_hu", "label_shift_hu")}
+VARYING = {"contrast_shift_hu": SYNTHESIS["contrast_shift_hu"], "label_shift_hu": ANATOMY.contrast_sd_hu}
 OF_TEMPLATE = dict.fromkeys(VARYING, 0.0)
 LARGE = "mean of the seven large labels"
 COLUMNS = {
@@ -166,7 +166,7 @@ def pair_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_contrast(item: Mapping[str, Any], folder: Path, *, case: str, seed: int, **template: Any) -> dict[str, str]:
     """The same case, its image in the contrast that `synthesize` draws for `case` and a template of its statistics."""
-    vary = VaryContrastd(seed=seed, plausible_hu=SYNTHESIS["gate"]["hu_ranges"], **VARYING)
+    vary = VaryContrastd(seed=seed, plausible_hu=ANATOMY.plausible_hu, **VARYING)
     image = vary({**pair_of(item), **template, "case": case})["template_image"]
     target = folder / Path(item["image"]).name
     folder.mkdir(parents=True, exist_ok=True)

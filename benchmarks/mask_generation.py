@@ -35,11 +35,10 @@ from custom.geometry.deformation import exponentiate, identity_coordinates, jaco
 from custom.geometry.topology import betti_numbers, components_touching, contact_areas
 from custom.geometry.vessels import read_tree, tree_length_mm
 from custom.masks.gate import wall_thickness_mm
-from custom.masks.generator import MaskGenerator, Motion
-from custom.masks.motion import carry_points
+from custom.masks.generator import MaskGenerator
+from custom.masks.motion import Motion, carry_points
 from custom.masks.preparation import dice, signed_distance
 from custom.masks.reference import Reference, register_neighbour
-from custom.masks.transforms import by_number
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.pictures import save_mask_sheet
@@ -95,7 +94,7 @@ def radius_quantiles(label: np.ndarray, spacing_mm: list[float]) -> tuple[np.nda
     return np.quantile(tree.radii_mm, QUANTILES), length, area
 
 
-def measure(new: np.ndarray, source: np.ndarray, spacing_mm: list[float], rules: dict[str, Any]) -> dict[str, Any]:
+def measure(new: np.ndarray, source: np.ndarray, spacing_mm: list[float], limits: dict[str, Any]) -> dict[str, Any]:
     """Everything that is read off the two label maps."""
     both, vessel = survives(new, source)
     radii, length, area = radius_quantiles(new, spacing_mm)
@@ -104,11 +103,11 @@ def measure(new: np.ndarray, source: np.ndarray, spacing_mm: list[float], rules:
     kept = all(
         contacts.get(pair, 0) > 0
         for pair, area in contacts_0.items()
-        if VESSEL not in pair and area >= rules["min_contact_mm2"]
+        if VESSEL not in pair and area >= limits["min_contact_mm2"]
     ) and all(
         contacts_0.get(pair, 0) > 0
         for pair, area in contacts.items()
-        if VESSEL not in pair and area >= rules["min_contact_mm2"]
+        if VESSEL not in pair and area >= limits["min_contact_mm2"]
     )
     volumes = [float((new == k).sum() / (source == k).sum()) for k in WALLS if (source == k).any()]
     region = near_vessels(new, spacing_mm, 10) | near_vessels(source, spacing_mm, 10)
@@ -117,7 +116,7 @@ def measure(new: np.ndarray, source: np.ndarray, spacing_mm: list[float], rules:
         "topology_kept": both,
         "coronaries_kept": vessel,
         "contacts_kept": kept,
-        "volumes_in_range": rules["volume_ratio"][0] <= min(volumes) and max(volumes) <= rules["volume_ratio"][1],
+        "volumes_in_range": limits["volume_ratio"][0] <= min(volumes) and max(volumes) <= limits["volume_ratio"][1],
         "wall_thickness_ratio": wall_thickness_mm(new == 1, spacing_mm) / wall_thickness_mm(source == 1, spacing_mm),
         "dice_chambers": float(np.mean([dice(new == k, source == k) for k in (2, 3, 4, 5)])),
         "dice_within_10_mm_of_coronaries": float(
@@ -190,7 +189,7 @@ def prepared_reports(root: Path) -> dict[str, Any]:
 
 
 def cohort(
-    name: str, root: Path, structures: dict[int, Any], motion: Motion, rules: dict[str, Any], rival_cases: int
+    name: str, root: Path, structures: dict[int, Any], motion: Motion, limits: dict[str, Any], rival_cases: int
 ) -> dict[str, Any]:
     """Measure one run: a row for each written mask and each rival."""
     with (root / "summary.csv").open(newline="") as file:
@@ -203,7 +202,7 @@ def cohort(
         name_of_source = Path(item["source"]).name
         source, spacing = read(root / "prepared" / name_of_source)
         new, _ = read(root / item["label"])
-        row = measure(new, source, spacing, rules)
+        row = measure(new, source, spacing, limits)
         row["retries"] = record["retries"]
         if name_of_source not in generators:
             others = [read(root / "prepared" / f"{other}.nii.gz")[0] for other in record["neighbours"]]
@@ -296,13 +295,13 @@ def main(
         lists[name] = work / f"{name}.json"
         write_json(lists[name], {"training": [{"label": str(data / file)}]})
     parser = parsed(output_dir=str(work / "none"))
-    structures, rules = by_number(parser.get_parsed_content("structures")), parser["rules"]
-    motion = parser.get_parsed_content("motion")
+    structures, limits = parser.get_parsed_content("labels").structures, parser["gate"]
+    motion = Motion(**parser["motion"])
     result: dict[str, Any] = {"machine": machine(), "count": count, "cost": cost(structures), "cohorts": {}}
     print(json.dumps(result["cost"], indent=1))
     for name, datalist in lists.items():
         seconds = generate(datalist, work / name, count)
-        measured = cohort(name, work / name, structures, motion, rules, rival_cases)
+        measured = cohort(name, work / name, structures, motion, limits, rival_cases)
         result["cohorts"][name] = {"seconds": seconds, **measured}
         print(name, json.dumps({k: v for k, v in result["cohorts"][name].items() if k != "prepared"}, indent=1))
         if name in sources:

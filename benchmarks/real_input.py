@@ -20,7 +20,7 @@ from common import PICTURES, RESULTS, machine, trained_renderer
 from scipy import ndimage
 
 from custom.evaluation.rendering import texture_correlation
-from custom.geometry.deformation import exponentiate, random_velocity, warp_labels
+from custom.geometry.deformation import exponentiate, identity_coordinates, random_velocity, sample_labels
 from custom.runs.files import write_json
 from custom.volumes.intensity import label_statistics, noise_sd
 from custom.volumes.pictures import save_sheet
@@ -40,7 +40,7 @@ def deformed_mask(source: Path, path: Path, seed: int = 3) -> Path:
         amplitude_mm=8.0,
         generator=torch.Generator().manual_seed(seed),
     )
-    warped = warp_labels(label, exponentiate(velocity), int(label.max()) + 1)
+    warped = sample_labels(label, identity_coordinates(label.shape[2:]) + exponentiate(velocity))
     nib.save(nib.Nifti1Image(warped[0, 0].numpy().astype(np.uint8), image.affine), path)
     return path
 

@@ -19,10 +19,9 @@ import nibabel as nib
 import numpy as np
 from common import PICTURES, RESULTS, machine
 from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, once
-from monai.transforms import LoadImage, Orientation
 
 from custom.runs.files import file_hash, write_json
-from custom.volumes.pictures import save_mask_sheet
+from custom.volumes.pictures import read_ras, save_mask_sheet
 
 OPTIONS = {"spacing_mm": [2.0, 2.0, 2.0], "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 
@@ -78,12 +77,8 @@ def main(data_dir: str, phantoms: str, synthetic: str, work_dir: str = "runs/rea
     of_weights = f"segmented_shipped_{file_hash(str(SEGMENTER / 'models/model.pt'))[:8]}"  # those may be trained anew
     shipped = segment(work / of_weights, SEGMENTER / "models")
     dice, dice_shipped = (label_dice(path, truth) for path in (found, shipped))
-    upright = [
-        Orientation(axcodes="RAS", labels=None)(LoadImage(ensure_channel_first=True)(path))[0]
-        for path in (truth, found, shipped)
-    ]
     titles = ("derived labels", "segmented", "segmented by the shipped weights")
-    rows = [(title, volume.numpy().round()) for title, volume in zip(titles, upright, strict=True)]
+    rows = [(title, read_ras(path).round()) for title, path in zip(titles, (truth, found, shipped), strict=True)]
     rows[0][1][rows[0][1] >= len(LABEL_NAMES)] = 0
     save_mask_sheet(PICTURES / "real_segmentation.png", rows, vessel_labels=[LABEL_NAMES.index("coronary arteries")])
     result = {"machine": machine(), "synthetic": len(cases), "dice": dice, "dice_shipped": dice_shipped}

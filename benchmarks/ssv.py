@@ -22,15 +22,17 @@ import fire
 import numpy as np
 import torch
 from common import RESULTS, ROOT, edge_bins, machine, trained_renderer
+from ddim import ListedDDIMScheduler
 from scipy import ndimage, stats
 
 from custom.confidence.inferers import PredictedVarianceInferer, SkipSamplingInferer
 from custom.confidence.table import tau_table
 from custom.confidence.variance import RunningVariance, confidence, local_mean, sample_score
+from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import amplitudes, angle
 from custom.diffusion.moments import from_local, to_local
 from custom.diffusion.sampler import StructDiffInferer, case_noise
-from custom.diffusion.schedule import ListedDDIMScheduler, spaced_timesteps
+from custom.diffusion.schedule import spaced_timesteps
 from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
 from custom.geometry.vessels import anchored, draw, prune, read_tree
 from custom.phantom.cohort import make_subject
@@ -100,7 +102,7 @@ def offset_times(calls: int, offset: float) -> list[int]:
     return [times[0], *(round(t + offset * step) for t in times[1:])]
 
 
-def trajectory_variance(recorder: Recorder, context: torch.Tensor, scale: float) -> torch.Tensor:
+def trajectory_variance(recorder: Recorder, context: torch.Tensor) -> torch.Tensor:
     """Variance over the steps of the predicted clean image."""
     network = recorder.network
     condition = network.encode(pad_to_multiple(context, 2))
@@ -110,36 +112,32 @@ def trajectory_variance(recorder: Recorder, context: torch.Tensor, scale: float)
         sigma, edge = condition.sigma[(..., *size)], condition.edge[(..., *size)]
         psi = angle(*amplitudes(network.alphas_cumprod, timesteps, bands.ndim), sigma)
         clean = psi.cos() * to_local(bands, edge) - psi.sin() * to_local(flow, edge)
-        running.add(haar_unpack(from_local(sigma * clean, edge)) * scale)
+        running.add(haar_unpack(from_local(sigma * clean, edge)) * RESIDUAL_UNIT_HU)
     return running.value()[0, 0]
 
 
 @torch.no_grad()
-def ddim(network: torch.nn.Module, context: torch.Tensor, name: str, calls: int, scale: float) -> torch.Tensor:
+def ddim(network: torch.nn.Module, context: torch.Tensor, name: str, calls: int) -> torch.Tensor:
     """The image by plain DDIM, whose error of discretisation differs between schedules."""
     scheduler, x = ListedDDIMScheduler(calls), case_noise((1, 1, *SHAPE), 0, name)
     condition = network.encode(context)
     for t in scheduler.timesteps.tolist():
         x, _ = scheduler.step(network.denoise(x, torch.tensor([t]), condition), t, x)
-    return x * scale + context[:, 3:4]
+    return x * RESIDUAL_UNIT_HU + Context.of(context).prior_hu
 
 
 @torch.no_grad()
-def scores(
-    network: torch.nn.Module, item: dict[str, Any], scale: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def scores(network: torch.nn.Module, item: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The image (H, W, D) and every score of it, higher where it is to be trusted less."""
     context, name = item["context"][None].as_subclass(torch.Tensor), [item["case"]]
-    options = {"residual_scale_hu": scale}
     recorder = Recorder(network)
-    skip = SkipSamplingInferer(strides=STRIDES, **options)
+    skip = SkipSamplingInferer(strides=STRIDES)
     both = skip(context, network, name)
     image = both[:, :1]
-    longest = StructDiffInferer(ListedDDIMScheduler(max(STRIDES)), **options)
+    longest = StructDiffInferer(max(STRIDES))
     again = longest(context, recorder, name)
     assert torch.equal(again, image), "the delivered image must be that of the longest schedule"
-    short = ListedDDIMScheduler(RIVAL_CALLS)
-    seeds = [image] + [StructDiffInferer(short, seed=s, **options)(context, network, name) for s in (1, 2)]
+    seeds = [image] + [StructDiffInferer(RIVAL_CALLS, seed=s)(context, network, name) for s in (1, 2)]
     offsets = [image] + [
         longest.render(context, network, name, offset_times(RIVAL_CALLS, offset)) for offset in (-0.3, 0.3)
     ]
@@ -149,13 +147,11 @@ def scores(
         inside = label == k
         depth[inside] = torch.from_numpy(ndimage.distance_transform_edt(inside, sampling=SPACING)).float()[inside]
     return image[0, 0], {
-        "predicted variance (default)": PredictedVarianceInferer(ListedDDIMScheduler(1), **options).variance(
-            image, context, network
-        )[0, 0],
+        "predicted variance (default)": PredictedVarianceInferer().variance(image, context, network)[0, 0],
         "skip sampling": both[0, 1],
-        "skip sampling, DDIM": variance_of([ddim(network, context, item["case"], calls, scale) for calls in STRIDES]),
+        "skip sampling, DDIM": variance_of([ddim(network, context, item["case"], calls) for calls in STRIDES]),
         "several seeds": variance_of(seeds),
-        "trajectory": trajectory_variance(recorder, context, scale),
+        "trajectory": trajectory_variance(recorder, context),
         "offset schedules": variance_of(offsets),
         "edge distance": 1 / depth,
         "random": torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)),
@@ -208,12 +204,10 @@ def planted(label: np.ndarray, case: int) -> tuple[np.ndarray, np.ndarray]:
     return damaged, missing
 
 
-def case_results(
-    case: int, network: torch.nn.Module, paint: Callable[..., Any], scale: float, fault: bool
-) -> dict[str, Any]:
+def case_results(case: int, network: torch.nn.Module, paint: Callable[..., Any], fault: bool) -> dict[str, Any]:
     """Everything that is measured on one subject; arrays for calibration are left out of the cache."""
     item, label = pair(case)
-    image, rows = scores(network, paint(item), scale)
+    image, rows = scores(network, paint(item))
     truth = item["clean"][0].as_subclass(torch.Tensor)
     error = (local_mean(image[None, None]) - local_mean(truth[None, None]))[0, 0].abs().numpy()
     near = ndimage.distance_transform_edt(label == 0, sampling=SPACING) <= 6
@@ -226,12 +220,11 @@ def case_results(
     if fault:
         damaged, missing = planted(label, case)
         seen = {**item, "label": torch.from_numpy(damaged.astype(np.float32))[None]}
-        image_wrong, wrong = scores(network, paint(seen), scale)
+        image_wrong, wrong = scores(network, paint(seen))
         asked = paint(item)["context"][None].as_subclass(
             torch.Tensor
         )  # trust in what the label says, not what was seen
-        judge_of = PredictedVarianceInferer(ListedDDIMScheduler(1), residual_scale_hu=scale)
-        wrong[TOLD] = judge_of.variance(image_wrong[None, None], asked, network)[0, 0]
+        wrong[TOLD] = PredictedVarianceInferer().variance(image_wrong[None, None], asked, network)[0, 0]
         vessel = label == VESSEL
         result["fault_voxels"] = int(missing.sum())
         result["fault_auroc"] = {m: auroc(s.numpy()[vessel], missing[vessel]) for m, s in wrong.items()}
@@ -272,13 +265,13 @@ def main(
     """
     work = Path(work_dir) / file_hash(str(Path(ckpt_dir) / "model.pt"))
     parser = trained_renderer(ckpt_dir, target_masks=[], templates=[])
-    network, scale = parser.get_parsed_content("network_def"), parser.get_parsed_content("residual_scale_hu")
-    paint = PaintPriord(nominal_hu=parser.get_parsed_content("nominal_hu"), thin_labels=[VESSEL])
+    network = parser.get_parsed_content("network_def")
+    paint = PaintPriord(nominal_hu=parser.get_parsed_content("labels").nominal_hu, thin_labels=[VESSEL])
     results, arrays = [], []
     for case in range(cases):
         file = work / f"case_{case:02d}.json"
         if not file.exists() or ("fault_auroc" in json.loads(file.read_text())) != (case < faults):
-            result = case_results(case, network, paint, scale, case < faults)
+            result = case_results(case, network, paint, case < faults)
             work.mkdir(parents=True, exist_ok=True)
             torch.save(result.pop("arrays"), file.with_suffix(".pt"))
             write_json(file, result)

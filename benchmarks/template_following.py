@@ -56,7 +56,7 @@ def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
     prepare = [
         LabelStatisticsd("template_image", "template_label", num_labels=11),
         AlignTemplated(labels=LABELS, spacing_mm=[SPACING_MM] * 3),
-        PaintPriord(nominal_hu=parser.get_parsed_content("nominal_hu"), thin_labels=[VESSEL]),
+        PaintPriord(nominal_hu=parser.get_parsed_content("labels").nominal_hu, thin_labels=[VESSEL]),
     ]
 
     def render(label: np.ndarray, image: np.ndarray, own: np.ndarray) -> np.ndarray:

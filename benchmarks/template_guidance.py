@@ -12,21 +12,25 @@ import json
 import logging
 import random
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fire
 import numpy as np
 import torch
-from common import RESULTS, ROOT, TRAIN_CONFIG, machine
+from common import ANATOMY, RESULTS, ROOT, TRAIN_CONFIG, machine
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
+from custom.diffusion import sampler, training
+from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.pairs import RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.schedule import ListedDDIMScheduler
 from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
-from custom.evaluation.rendering import MEASURES, texture_correlation
+from custom.evaluation.rendering import MEASURES, Rendering, texture_correlation
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.pictures import save_sheet
@@ -45,7 +49,7 @@ COLUMNS = {
     "background_mae": ("mean_absolute_error", [0]),
 }
 # Without a prior the network diffuses the whole image, whose spread is about four times that of a residual.
-NO_PRIOR = {"use_prior": False, "residual_scale_hu": 400.0}
+NO_PRIOR = {"use_prior": False, "residual_unit_hu": 400.0}
 ARMS: dict[str, dict[str, Any]] = {
     "mask only": {"mode_prob": [0.0, 1.0, 0.0], **NO_PRIOR},
     "+ template inputs": NO_PRIOR,
@@ -55,6 +59,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "- thin-label weight": {"thin_weight": 1.0},
     "templates of other subjects": {"other_subject": True},
 }
+
+
+@contextmanager
+def residual_unit(arm: dict[str, Any]) -> Iterator[None]:
+    """The unit of the residual, where it is made and where it is undone, is that of an arm; else it is a constant."""
+    unit = arm.get("residual_unit_hu", RESIDUAL_UNIT_HU)
+    with ExitStack() as stack:
+        for module in (training, sampler):
+            stack.enter_context(mock.patch.object(module, "RESIDUAL_UNIT_HU", unit))
+        yield
 
 
 class OtherSubject:
@@ -73,7 +87,7 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
     """The shipped training config at benchmark size, without logging and validation."""
     parser = ConfigParser()
     parser.read_config(str(TRAIN_CONFIG))
-    overrides = {k: v for k, v in overrides.items() if k not in ("no_sigma", "other_subject")}
+    overrides = {k: v for k, v in overrides.items() if k not in ("no_sigma", "other_subject", "residual_unit_hu")}
     small = {
         "bundle_root": str(TRAIN_CONFIG.parent.parent),
         "dataset_dir": dataset_dir,
@@ -87,7 +101,7 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
         "max_epochs": steps // 25,
     }
     parser.update({**small, **overrides})
-    kept = ("declared", "SeedEachEpoch", "MeasureResidual", "LrScheduleHandler")
+    kept = ("existing_handler", "SeedEachEpoch", "MeasureResidual", "TrackResidual", "LrScheduleHandler")
     handlers = [h for h in parser["train"]["handlers"] if h["_target_"].split(".")[-1] in kept]
     parser["train"]["handlers"] = handlers
     parser.parse()
@@ -131,8 +145,8 @@ class _Crops:
 
 def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
     """Held-out phantoms, each with another anatomy in the same appearance as its template, used as in inference."""
-    spacing_mm, num_labels = parser.get_parsed_content("spacing_mm"), parser.get_parsed_content("num_labels")
-    statistics = LabelStatisticsd("template_image", "template_label", num_labels=num_labels)
+    spacing_mm = parser.get_parsed_content("spacing_mm")
+    statistics = LabelStatisticsd("template_image", "template_label", num_labels=ANATOMY.num_labels)
     align = AlignTemplated(labels=[1, 2, 3, 4, 5, 6, 7], spacing_mm=spacing_mm)
     pairs = []
     for case in range(cases):
@@ -154,7 +168,7 @@ def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
 def measure(rendered: np.ndarray, pair: dict[str, Any]) -> dict[str, float]:
     """All columns of one rendered case."""
     truth, label = pair["image"][0].numpy(), pair["label"][0].numpy().round().astype(np.int64)
-    row = {name: MEASURES[m](rendered, truth, label, labels) for name, (m, labels) in COLUMNS.items()}
+    row = {name: MEASURES[m](Rendering(rendered, truth, label, labels)) for name, (m, labels) in COLUMNS.items()}
     row["template_copy"] = texture_correlation(rendered, pair["template_image"][0].numpy(), label == 0)
     return row
 
@@ -165,12 +179,9 @@ def evaluate(
     """Mean columns over the held-out cases; draws the first case."""
     mode = "mask_only" if arm.get("mode_prob") else "template"
     paint = PaintPriord(
-        nominal_hu=json.loads(TRAIN_CONFIG.read_text())["nominal_hu"],
-        mode=mode,
-        thin_labels=VESSEL,
-        use_prior=arm.get("use_prior", True),
+        nominal_hu=ANATOMY.nominal_hu, mode=mode, thin_labels=VESSEL, use_prior=arm.get("use_prior", True)
     )
-    inferer = StructDiffInferer(ListedDDIMScheduler(10), residual_scale_hu=arm.get("residual_scale_hu", 100.0))
+    inferer = StructDiffInferer(10)
     rows = []
     for pair in pairs:
         item = paint(pair)
@@ -186,11 +197,11 @@ def evaluate(
     return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
-def painted(pairs: list[dict[str, Any]], nominal_hu: list[float]) -> dict[str, float]:
+def painted(pairs: list[dict[str, Any]]) -> dict[str, float]:
     """The no-network baseline: the prior itself with white noise of the template's level."""
     rows = []
     for index, pair in enumerate(pairs):
-        item = PaintPriord(nominal_hu=nominal_hu)(pair)
+        item = PaintPriord(nominal_hu=ANATOMY.nominal_hu)(pair)
         prior = item["prior"][0].numpy()
         noise = np.random.default_rng(index).normal(0, float(pair["grain_sd"]), prior.shape)
         rows.append(measure(prior + noise, pair))
@@ -206,21 +217,20 @@ def main(
 ) -> None:
     """Train and evaluate all arms; print the table and write benchmarks/results/template_guidance.json."""
     work = Path(work_dir)
-    base = build(dataset_dir, work, steps, 0, {})
-    nominal = base.get_parsed_content("nominal_hu")
-    pairs = test_pairs(base, cases)
+    pairs = test_pairs(build(dataset_dir, work, steps, 0, {}), cases)
     truth = [measure(p["image"][0].numpy(), p) for p in pairs]
     table: dict[str, Any] = {
         "true image (ceiling)": [{k: float(np.nanmean([row[k] for row in truth])) for k in truth[0]}],
-        "painted prior + white noise, no network": [painted(pairs, nominal)],
+        "painted prior + white noise, no network": [painted(pairs)],
     }
     for seed in range(seeds):
         for name, arm in ARMS.items():
             cached = work / f"{name.replace(' ', '_')}_{seed}.json"
             if not cached.exists():
                 start = time.perf_counter()
-                network = train(build(dataset_dir, work, steps, seed, arm), arm)
-                row = evaluate(network, pairs, arm, cached.with_suffix(".png"))
+                with residual_unit(arm):
+                    network = train(build(dataset_dir, work, steps, seed, arm), arm)
+                    row = evaluate(network, pairs, arm, cached.with_suffix(".png"))
                 write_json(cached, {**row, "seconds": time.perf_counter() - start})
             table.setdefault(name, []).append(json.loads(cached.read_text()))
             logger.info("%s seed %d: %s", name, seed, table[name][-1])

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from custom.geometry.topology import betti_numbers, components_touching
 from custom.geometry.vessels import VesselTree, draw
-from custom.volumes.anatomy import Label
+from custom.volumes.anatomy import Anatomy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,7 +131,7 @@ def write_target(cohort, path, orientation):
 
 
 def airway():
-    """A trachea that forks, in a lung: another organ. Its tree is one tubular label that must touch the larynx."""
+    """Bronchi that fork in a lung and come from a trachea: another organ. Their tree is one thin label."""
     points = np.array([[22, 22, 36], [22, 22, 27], [12, 19, 14], [33, 25, 14], [8, 22, 7], [37, 21, 7]], float)
     edges = np.array([[0, 1], [1, 2], [1, 3], [2, 4], [3, 5]])
     tree = VesselTree(points, np.array([3.5, 3.0, 2.0, 2.0, 1.5, 1.5]), edges, np.array([0]))
@@ -143,7 +143,13 @@ def airway():
     return label
 
 
-ORGAN = {1: Label("lung"), 2: Label("airway", thin=True, touches=(3,)), 3: Label("larynx")}
+ORGAN_ROWS = {
+    "0": {"name": "background", "nominal_hu": 40},
+    "1": {"name": "lung", "nominal_hu": -850, "plausible_hu": [-950, -600], "contrast_sd_hu": 30, "homogeneous": True},
+    "2": {"name": "bronchi", "nominal_hu": -500, "thin": True, "touches": [3], "class_weight": 4},
+    "3": {"name": "trachea", "nominal_hu": -950, "homogeneous": True, "pieces_kept": 1},
+}
+ORGAN = Anatomy(ORGAN_ROWS).structures
 
 
 def assert_kept(new, source, structures):

@@ -80,12 +80,13 @@ def merged(value: str) -> dict:
 
 
 def small_options(value: str) -> list[str]:
-    """Options of `SMALL` whose ids the configs have; mask generation keeps its spacing."""
+    """Options of `SMALL` whose ids the configs have; mask generation keeps its spacing and its gate."""
     config, options = merged(value), []
     for key, small in SMALL.items():
         parts, node = key.split("#"), config
         while parts and isinstance(node, dict) and parts[0] in node:
             node = node[parts.pop(0)]
-        if not parts and not (key == "spacing_mm" and node is None):
+        other_block = isinstance(small, dict) and isinstance(node, dict) and not node.keys() <= small.keys()
+        if not parts and not other_block and not (key == "spacing_mm" and node is None):
             options.append(f"--{key}={small}")
     return options

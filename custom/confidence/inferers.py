@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from custom.confidence.variance import RunningVariance, local_mean, local_mean_variance
+from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.diffusion.schedule import spaced_timesteps
 from custom.volumes.grids import crop_to
 from custom.volumes.haar import haar_unpack
 
-_TOLERATED_DEVIATIONS = 3.0
+_TOLERATED_DEVIATIONS = 3.0  # ours: farther from the mean than that, an image does not show its label
 
 
 class PredictedVarianceInferer(StructDiffInferer):
@@ -46,7 +47,7 @@ class PredictedVarianceInferer(StructDiffInferer):
         expected = self._to_hu(haar_unpack(encoded.mean), context)
         predicted = crop_to(local_mean_variance(encoded.sigma, encoded.edge), context.shape[2:])
         distance = local_mean(image) - local_mean(expected)
-        return torch.maximum(predicted * self.residual_scale_hu**2, (distance / _TOLERATED_DEVIATIONS).square())
+        return torch.maximum(predicted * RESIDUAL_UNIT_HU**2, (distance / _TOLERATED_DEVIATIONS).square())
 
 
 class SkipSamplingInferer(StructDiffInferer):
@@ -57,7 +58,7 @@ class SkipSamplingInferer(StructDiffInferer):
 
     Args:
         strides: numbers of network calls, two or more different ones; 4, 6, 8, 12 make 30 calls.
-        options: of :class:`StructDiffInferer`, but for its scheduler.
+        options: of :class:`StructDiffInferer`, but for its times.
 
     Raises:
         ValueError: with fewer than two different schedules, and as :class:`StructDiffInferer`.
@@ -67,8 +68,8 @@ class SkipSamplingInferer(StructDiffInferer):
         if len(set(strides)) < max(2, len(strides)):
             raise ValueError(f"strides: two or more different numbers of network calls are needed, got {list(strides)}")
         ordered = sorted(strides)
-        super().__init__(ListedDDIMScheduler(ordered[-1]), **options)
-        self.schedules = [ListedDDIMScheduler(calls).timesteps.tolist() for calls in ordered]
+        super().__init__(ordered[-1], **options)
+        self.schedules = [spaced_timesteps(calls) for calls in ordered]
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]

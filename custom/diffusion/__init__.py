@@ -4,8 +4,7 @@ from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.pairs import RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.schedule import ListedDDIMScheduler
-from custom.diffusion.training import MeasureResidual, PrepareRendering, PrepareResidualDiffusion
+from custom.diffusion.training import MeasureResidual, PrepareRendering, PrepareResidualDiffusion, TrackResidual
 from custom.diffusion.transforms import (
     AlignTemplated,
     LabelStatisticsd,
@@ -18,7 +17,6 @@ from custom.diffusion.transforms import (
 __all__ = [
     "AlignTemplated",
     "LabelStatisticsd",
-    "ListedDDIMScheduler",
     "MeasureResidual",
     "PaintPriord",
     "PrepareRendering",
@@ -29,5 +27,6 @@ __all__ = [
     "StructDiffInferer",
     "StructDiffLoss",
     "StructDiffUNet",
+    "TrackResidual",
     "VaryContrastd",
 ]

@@ -6,10 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from custom.diffusion.context import IMAGE_UNIT_HU, Context
 from custom.volumes.haar import space_to_depth
-
-HU_UNIT = 500.0
-"""HU of one unit of the images that the network reads."""
 
 
 class CorrespondenceAttention(nn.Module):
@@ -44,27 +42,36 @@ class CorrespondenceAttention(nn.Module):
         position = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(label.shape[0], -1, -1, -1, -1)
         return self.mask_encoder(torch.cat([fractions, position], 1)).flatten(2).transpose(1, 2)
 
-    def affinity(self, context: torch.Tensor) -> torch.Tensor:
+    def affinity(self, context: Context) -> torch.Tensor:
         """Scaled logits (B, target tokens, template tokens) of a context with every size divisible by 8."""
-        query, key = self._mask_tokens(context[:, :1]), self._mask_tokens(context[:, 2:3])
+        query, key = self._mask_tokens(context.target_label), self._mask_tokens(context.template_label)
         return query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
 
     @staticmethod
     def coarse(image_hu: torch.Tensor) -> torch.Tensor:
         """(B, 1, H, W, D) HU -> (B, 8, H/8, W/8, D/8) scaled block means."""
-        return space_to_depth(F.avg_pool3d(image_hu / HU_UNIT, CorrespondenceAttention.stride // 2))
+        return space_to_depth(F.avg_pool3d(image_hu / IMAGE_UNIT_HU, CorrespondenceAttention.stride // 2))
 
-    def forward(self, context: torch.Tensor) -> torch.Tensor:
-        """(B, 6, H, W, D) context, sizes divisible by 8 -> (B, channels, H/2, W/2, D/2) attended features."""
-        image = self.image_encoder(self.coarse(context[:, 1:2]))
-        attended = self.affinity(context).softmax(-1) @ image.flatten(2).transpose(1, 2)
+    def forward(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attended features (B, channels, H/2, W/2, D/2) of a context, sizes divisible by 8, and the affinity."""
+        image, logits = self.image_encoder(self.coarse(context.template_image_hu)), self.affinity(context)
+        attended = logits.softmax(-1) @ image.flatten(2).transpose(1, 2)
         attended = attended.transpose(1, 2).reshape(image.shape)
-        return F.interpolate(attended, scale_factor=self.stride // 2, mode="trilinear", align_corners=False)
+        return F.interpolate(attended, scale_factor=self.stride // 2, mode="trilinear", align_corners=False), logits
 
-    def consistency(self, context: torch.Tensor, target_image_hu: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of carrying coarse intensities along the affinity, template to target and back; scalar."""
-        logits = self.affinity(context)
-        template = self.coarse(context[:, 1:2]).flatten(2).transpose(1, 2)
-        target = self.coarse(target_image_hu).flatten(2).transpose(1, 2)
-        forth = F.mse_loss(logits.softmax(-1) @ template, target)
-        return forth + F.mse_loss(logits.transpose(1, 2).softmax(-1) @ target, template)
+
+def two_way_consistency(
+    logits: torch.Tensor, template_image_hu: torch.Tensor, target_image_hu: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of carrying coarse intensities along an affinity, template to target and back; scalar.
+
+    Args:
+        logits: affinity (B, target tokens, template tokens) of :class:`CorrespondenceAttention`.
+        template_image_hu, target_image_hu: (B, 1, H, W, D) of the size that the affinity is of.
+    """
+    template, target = (
+        CorrespondenceAttention.coarse(image).flatten(2).transpose(1, 2)
+        for image in (template_image_hu, target_image_hu)
+    )
+    forth = F.mse_loss(logits.softmax(-1) @ template, target)
+    return forth + F.mse_loss(logits.transpose(1, 2).softmax(-1) @ target, template)

@@ -39,24 +39,6 @@ def precondition(
     return variance.rsqrt(), a * s * (1 - sigma**2) / variance, sigma * variance.rsqrt()
 
 
-def ddim_step(
-    x: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor, alpha_next: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One deterministic DDIM step (Song et al. 2021, eq. 12 with eta = 0) written for v-prediction.
-
-    Args:
-        x, v: current sample and predicted velocity, same shape.
-        alpha, alpha_next: cumulative alpha (a^2) at the current and at the next, less noisy, time; 1 means clean.
-
-    Returns:
-        the sample at the next time and the predicted clean sample.
-    """
-    a, s = alpha.sqrt(), (1 - alpha).sqrt()
-    x0 = a * x - s * v
-    eps = s * x + a * v
-    return alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * eps, x0
-
-
 def angle(a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Angle psi = atan2(s, a sigma) of the preconditioned sample y = c_in x (ours).
 

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
-from custom.diffusion.formulas import amplitudes, precondition
+from custom.diffusion.context import Context
+from custom.diffusion.correspondence import two_way_consistency
 from custom.diffusion.moments import SD_OVER_MEAN_ABSOLUTE, to_local
-from custom.diffusion.network import StructDiffUNet
-from custom.volumes.grids import crop_to, pad_to_multiple
+from custom.diffusion.network import Prediction
+from custom.volumes.grids import crop_to, pad_to, pad_to_multiple
 from custom.volumes.haar import haar_pack
 
 
@@ -33,16 +34,22 @@ def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return error.square() / (2 * scale * level) + SD_OVER_MEAN_ABSOLUTE * error.detach().abs() / sigma + sigma.log()
 
 
+def centred_residual(prediction: Prediction, residual: torch.Tensor) -> torch.Tensor:
+    """Residual (B, 1, H, W, D) less its predicted mean, in the local basis, (B, 8, h, w, d); odd sizes are padded."""
+    packed = haar_pack(pad_to_multiple(residual, 2))
+    mean, edge = (crop_to(part, packed.shape[2:]) for part in (prediction.mean, prediction.edge))
+    return to_local(packed - mean, edge)
+
+
 class StructDiffLoss(_Loss):
     """Loss of the diffusion and of the residual's moments, heavier around thin labels (ours).
 
     Diffusion: the squared velocity error in units of its expected spread c_out, compared in the local basis of
-    `moments.to_local`. Moments: :func:`moments_loss`. Both are averaged with weights, `thin_weight` in
-    blocks within a voxel of a thin label and 1 elsewhere. With correspondence attention in the network, its two-way
-    consistency is added.
+    `moments.to_local`. Moments: :func:`moments_loss`. Both are averaged with weights, `thin_weight` in blocks within a
+    voxel of a thin label and 1 elsewhere. With correspondence attention in the network, its two-way consistency is
+    added.
 
     Args:
-        network: the bare network, which the loss asks for the moments of the residual.
         thin_labels: ids of thin structures; empty weighs all voxels alike.
         thin_weight: weight around them, at least 1.
         correspondence_weight: factor of the consistency term.
@@ -52,19 +59,12 @@ class StructDiffLoss(_Loss):
     """
 
     def __init__(
-        self,
-        network: StructDiffUNet,
-        *,
-        thin_labels: Sequence[int] = (),
-        thin_weight: float = 10.0,
-        correspondence_weight: float = 0.1,
+        self, *, thin_labels: Sequence[int] = (), thin_weight: float = 10.0, correspondence_weight: float = 0.1
     ) -> None:
         super().__init__()
         if thin_weight < 1:
             raise ValueError(f"thin_weight: must be at least 1, got {thin_weight}")
         self.thin_labels, self.thin_weight = list(thin_labels), thin_weight
-        # Held in a tuple: the parameters belong to the network, the loss must not list them as its own.
-        self._network = (network,)
         self.correspondence_weight = correspondence_weight
 
     def weights(self, label: torch.Tensor) -> torch.Tensor:
@@ -75,32 +75,26 @@ class StructDiffLoss(_Loss):
         near = F.max_pool3d(F.pad(thin, (1,) * 6), 4, 2)
         return 1 + (self.thin_weight - 1) * near
 
-    def forward(self, input: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, input: Prediction, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Loss of a batch.
 
         Args:
-            input: predicted velocity (B, 1, H, W, D).
-            target: `velocity` and `residual` (B, 1, H, W, D) in residual units, `timesteps` (B,), `context`
-                (B, 6, H, W, D), `label` (B, 1, H, W, D) ids and `image` (B, 1, H, W, D) HU.
+            input: what the network predicts `with_moments`.
+            target: `velocity` and `residual` (B, 1, H, W, D) in residual units, `label` (B, 1, H, W, D) ids, and for
+                the consistency term `context` (B, 6, H, W, D) and `image` (B, 1, H, W, D) HU.
 
         Returns:
             scalar.
         """
-        network = self._network[0]
-        velocity_error, residual = input.float() - target["velocity"], target["residual"]
         weight = self.weights(pad_to_multiple(target["label"].float(), 2))
-        condition = network.encode(target["context"])
-        mean, sigma, edge = (crop_to(part, weight.shape[2:]) for part in condition[1:])
-        a, s = amplitudes(network.alphas_cumprod, target["timesteps"], sigma.ndim)
-        scale = precondition(a, s, sigma.detach())[2]
-        error = to_local(haar_pack(pad_to_multiple(velocity_error, 2)), edge) / scale
-        centred = to_local(haar_pack(pad_to_multiple(residual, 2)) - mean, edge)
-        if network.training and bool(network.moments.measured):
-            network.moments.track(centred.detach() / sigma.detach(), pad_to_multiple(target["context"].float(), 2))
+        sigma, edge, spread = (crop_to(part, weight.shape[2:]) for part in (input.sigma, input.edge, input.spread))
+        velocity_error = pad_to_multiple(input.velocity.float() - target["velocity"], 2)
+        error = to_local(haar_pack(velocity_error), edge) / spread
+        centred = centred_residual(input, target["residual"])
         loss = (weight * (error.square() + moments_loss(centred, sigma))).mean() / weight.mean()
-        attention = network.correspondence
-        if attention is None:
+        if input.affinity is None:
             return loss
-        context = pad_to_multiple(target["context"].float(), attention.stride)
-        image = pad_to_multiple(target["image"].float(), attention.stride)
-        return loss + self.correspondence_weight * attention.consistency(context, image)
+        whole = [2 * n for n in input.mean.shape[2:]]
+        template = Context.of(pad_to(target["context"].float(), whole)).template_image_hu
+        consistency = two_way_consistency(input.affinity.float(), template, pad_to(target["image"].float(), whole))
+        return loss + self.correspondence_weight * consistency

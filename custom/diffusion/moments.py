@@ -8,21 +8,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from custom.diffusion.context import MODES, RESIDUAL_UNIT_HU, Context
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack, space_to_depth
+from custom.volumes.intensity import LUNG_BELOW_HU
 
-MODES = ("template", "mask_only", "unconditional")
 REGIONS = ("soft_background", "lung", "interior", "background_edge", "label_edge_inside", "label_edge_outside")
 MIN_SIGMA = 0.01
 """Lower limit of the table of deviations, in its unit."""
 SD_OVER_MEAN_ABSOLUTE = (pi / 2) ** 0.5
 """Standard deviation of a Gaussian over its mean absolute value."""
-_LUNG_BELOW_HU = -400.0
-_EDGE_RANGE_HU = 100.0
-_MIN_UNIT_HU = 5.0
-_LOG_RANGE = 3.0
-_HIDDEN_CHANNELS = 24
-_TRACKING = 0.02
-_MAX_RATIO = 5.0
+_EDGE_RANGE_HU = 100.0  # ours: above the noise of a scan, below the step from fat to muscle
+_MIN_UNIT_HU = 5.0  # ours: quieter than any scan; keeps the unit of a noise-free image from 0
+_LOG_RANGE = 3.0  # ours: the network changes the table by a factor of 20 (e^3) at most
+_HIDDEN_CHANNELS = 24  # ours: as wide as the encoded condition
+_TRACKING = 0.02  # ours: the table follows within some fifty iterations
+_MAX_RATIO = 5.0  # ours: one wild batch raises the table by 8 % at most
 
 
 def _on_boundary(label: torch.Tensor) -> torch.Tensor:
@@ -64,32 +64,25 @@ def residual_regions(target_label: torch.Tensor, prior_hu: torch.Tensor) -> torc
     interior = F.max_pool3d(target_label, 2) > 0
     prior = F.avg_pool3d(prior_hu, 2)
     contrast = F.max_pool3d(prior, 3, 1, 1) + F.max_pool3d(-prior, 3, 1, 1)
-    background = torch.where(contrast > _EDGE_RANGE_HU, 3, torch.where(prior < _LUNG_BELOW_HU, 1, 0))
+    background = torch.where(contrast > _EDGE_RANGE_HU, 3, torch.where(prior < LUNG_BELOW_HU, 1, 0))
     voxels = torch.where(space_to_depth(target_label) > 0, 4, 5)
     return torch.where(label_edges(target_label), voxels, torch.where(interior, 2, background))
 
 
-def residual_unit(context: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
-    """What the residual's standard deviation is proportional to, (B, 8, h, w, d) in units of 100 HU (ours).
+def residual_unit(context: Context, region: torch.Tensor) -> torch.Tensor:
+    """What the residual's standard deviation is proportional to, (B, 8, h, w, d) in units of the residual (ours).
 
     Away from edges the detail bands scale with the template's grain and the low-pass band with the painted label sd,
     so one table serves quiet and noisy scans. At edges the unit is 1; made proportional to the local contrast of the
     prior it fitted worse (docs/FINDINGS.md).
 
     Args:
-        context: (B, 6, H, W, D), even sizes.
+        context: of even sizes.
         region: (B, 8, h, w, d), from :func:`residual_regions`.
     """
-    spread, grain = F.avg_pool3d(context[:, 4:6], 2).clamp(min=_MIN_UNIT_HU).div(100).split(1, 1)
-    plain = torch.cat([spread, grain.expand(-1, 7, -1, -1, -1)], 1)
-    return torch.where(region >= 3, torch.ones_like(plain), plain)
-
-
-def context_modes(context: torch.Tensor) -> torch.Tensor:
-    """(B,) index into MODES, read from which label maps were dropped (-1)."""
-    no_target = context[:, 0].flatten(1).amax(1) < 0
-    no_template = context[:, 2].flatten(1).amax(1) < 0
-    return torch.where(no_target, 2, torch.where(no_template, 1, 0))
+    spread, grain = F.avg_pool3d(context.spreads(), 2).clamp(min=_MIN_UNIT_HU).div(RESIDUAL_UNIT_HU).split(1, 1)
+    away = torch.cat([spread, grain.expand(-1, 7, -1, -1, -1)], 1)
+    return torch.where(region >= 3, torch.ones_like(away), away)
 
 
 def to_local(bands: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
@@ -165,11 +158,11 @@ class ResidualMoments(nn.Module):
         self.table.copy_(table)
         self.measured.fill_(True)
 
-    def cells(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index into the flattened table and unit, each (B, 8, h, w, d), of a context (B, 6, H, W, D), even sizes."""
-        region = residual_regions(context[:, :1], context[:, 3:4])
-        mode = context_modes(context).view(-1, 1, 1, 1, 1)
-        channel = torch.arange(8, device=context.device).view(1, -1, 1, 1, 1)
+    def cells(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index into the flattened table and unit, each (B, 8, h, w, d), of a context of even sizes."""
+        region = residual_regions(context.target_label, context.prior_hu)
+        mode = context.modes().view(-1, 1, 1, 1, 1)
+        channel = torch.arange(8, device=region.device).view(1, -1, 1, 1, 1)
         return (mode * len(REGIONS) + region) * 8 + channel, residual_unit(context, region)
 
     @torch.no_grad()
@@ -181,26 +174,26 @@ class ResidualMoments(nn.Module):
         return total[:, 0].view_as(self.table), total[:, 1].view_as(self.table)
 
     @torch.no_grad()
-    def track(self, standardised: torch.Tensor, context: torch.Tensor) -> None:
+    def track(self, standardised: torch.Tensor, context: Context) -> None:
         """Let the table follow the mean, which explains ever more of the residual, by a moving average.
 
         Args:
             standardised: (B, 8, h, w, d), (residual - mean) / deviation in the local basis.
-            context: (B, 6, 2h, 2w, 2d).
+            context: of (B, 1, 2h, 2w, 2d).
         """
         sums, count = self.absolute_sums(standardised, self.cells(context)[0])
         ratio = torch.where(count > 0, SD_OVER_MEAN_ABSOLUTE * sums / count, 1.0).float().clamp(max=_MAX_RATIO)
         self.table.mul_(1 + _TRACKING * (ratio - 1)).clamp_(min=MIN_SIGMA)
 
     def forward(
-        self, features: torch.Tensor, images: torch.Tensor, context: torch.Tensor
+        self, features: torch.Tensor, images: torch.Tensor, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Moments of the packed residual.
 
         Args:
             features: (B, C, h, w, d) encoded condition.
             images: (B, I, h, w, d) packed images.
-            context: (B, 6, 2h, 2w, 2d).
+            context: of (B, 1, 2h, 2w, 2d).
 
         Returns:
             mean, in Haar bands, and standard deviation, in the local basis, each (B, 8, h, w, d).

@@ -14,17 +14,14 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from custom.diffusion.correspondence import HU_UNIT, CorrespondenceAttention
+from custom.diffusion.context import IMAGE_UNIT_HU, RESIDUAL_UNIT_HU, Context
+from custom.diffusion.correspondence import CorrespondenceAttention
 from custom.diffusion.formulas import amplitudes, precondition
 from custom.diffusion.moments import ResidualMoments, from_local, label_edges, to_local
-from custom.volumes.grids import crop_to, pad_to_multiple
+from custom.volumes.grids import crop_to, pad_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from custom.volumes.haar import space_to_depth as pack_blocks
 
-CONTEXT_CHANNELS = ("target_label", "template_image_hu", "template_label", "prior_hu", "prior_sd_hu", "grain_sd_hu")
-"""Channels of `context`, in order. A dropped label map is -1 everywhere, a dropped template image is 0."""
-
-_RESIDUAL_UNIT_HU = 100.0
 _IMAGE_CHANNELS = 18  # Haar bands of template and prior, painted sd and grain
 
 
@@ -44,11 +41,22 @@ class Condition(NamedTuple):
     edge: torch.Tensor
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is native to the device; emulated it is slower than fp32 (benchmarks/cost.py)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+class Prediction(NamedTuple):
+    """What the network hands to the loss: a velocity, and the moments that it comes from, of one encoding.
+
+    Attributes:
+        velocity: (B, 1, H, W, D) of the scaled residual.
+        mean, sigma, edge: as of :class:`Condition`, on its padded grid.
+        spread: (B, 8, h, w, d) expected deviation c_out of the velocity, in the local basis; without gradient.
+        affinity: (B, tokens, tokens) logits of the correspondence attention, where the network has one.
+    """
+
+    velocity: torch.Tensor
+    mean: torch.Tensor
+    sigma: torch.Tensor
+    edge: torch.Tensor
+    spread: torch.Tensor
+    affinity: torch.Tensor | None
 
 
 def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
@@ -70,7 +78,7 @@ class TracedNetwork(nn.Module):
         # A size that needs padding and a batch of two: tracing leaves out branches that are not taken.
         size = (network.size_multiple + 1,) * 3
         image = torch.zeros(2, 1, *size, device=device)
-        context = torch.zeros(2, len(CONTEXT_CHANNELS), *size, device=device)
+        context = torch.zeros(2, len(Context._fields), *size, device=device)
         timesteps = torch.zeros(2, dtype=torch.int64, device=device)
         self.traced = torch.jit.trace(network, (image, timesteps, context))
 
@@ -94,7 +102,7 @@ class StructDiffUNet(nn.Module):
         correspondence_channels: width of the correspondence attention; 0 leaves it out.
         norm_num_groups: groups of every group norm; divides all `channels`.
         num_train_timesteps: length of the cosine training schedule.
-        amp: bf16 autocast inside the network; None switches it on where the device has native bf16.
+        amp: bf16 autocast inside the network. Never chosen by what a processor can do: results would depend on it.
 
     Raises:
         ValueError: when `num_labels` is below 2.
@@ -110,7 +118,7 @@ class StructDiffUNet(nn.Module):
         correspondence_channels: int = 0,
         norm_num_groups: int = 8,
         num_train_timesteps: int = 1000,
-        amp: bool | None = None,
+        amp: bool = False,
     ) -> None:
         super().__init__()
         if num_labels < 2:
@@ -122,7 +130,7 @@ class StructDiffUNet(nn.Module):
             nn.SiLU(),
             nn.Conv3d(condition_channels, condition_channels, 3, padding=1),
         )
-        self.moments = ResidualMoments(condition_channels, _IMAGE_CHANNELS, image_unit=HU_UNIT / _RESIDUAL_UNIT_HU)
+        self.moments = ResidualMoments(condition_channels, _IMAGE_CHANNELS, image_unit=IMAGE_UNIT_HU / RESIDUAL_UNIT_HU)
         self.correspondence = (
             CorrespondenceAttention(num_labels, correspondence_channels) if correspondence_channels else None
         )
@@ -139,22 +147,14 @@ class StructDiffUNet(nn.Module):
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.alphas_cumprod: torch.Tensor
 
-    def _check(self, context: torch.Tensor) -> None:
-        if context.ndim != 5 or context.shape[1] != len(CONTEXT_CHANNELS):
-            raise ValueError(
-                f"context: must be (B, {len(CONTEXT_CHANNELS)}, H, W, D) with channels {CONTEXT_CHANNELS}, "
-                f"got {tuple(context.shape)}"
-            )
-
     def _autocast(self, device: torch.device) -> torch.autocast:
-        enabled = native_bf16(device) if self.amp is None else self.amp
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp)
 
     def encode(self, context: torch.Tensor) -> Condition:
         """Encode what does not depend on time.
 
         Args:
-            context: (B, 6, H, W, D), channels as in CONTEXT_CHANNELS; labels as ids, images in HU; any size.
+            context: (B, 6, H, W, D), see :class:`custom.diffusion.context.Context`; any size.
 
         Returns:
             the condition on the padded packed grid.
@@ -162,19 +162,24 @@ class StructDiffUNet(nn.Module):
         Raises:
             ValueError: on another number of axes or channels.
         """
-        self._check(context)
-        context = pad_to_multiple(context.float(), self.size_multiple)
-        with self._autocast(context.device):
-            images = torch.cat([haar_pack(context[:, [1, 3]] / HU_UNIT), F.avg_pool3d(context[:, 4:6] / 100, 2)], 1)
-            masks = [one_hot_blocks(context[:, channel : channel + 1], self.num_labels) for channel in (0, 2)]
+        return self._encode(Context.of(pad_to_multiple(context.float(), self.size_multiple)))[0]
+
+    def _encode(self, context: Context) -> tuple[Condition, torch.Tensor | None]:
+        """Condition of a padded context, and the affinity of the correspondence attention, if any."""
+        affinity = None
+        with self._autocast(context.prior_hu.device):
+            spreads = F.avg_pool3d(context.spreads() / RESIDUAL_UNIT_HU, 2)
+            images = torch.cat([haar_pack(context.images() / IMAGE_UNIT_HU), spreads], 1)
+            masks = [one_hot_blocks(ids, self.num_labels) for ids in (context.target_label, context.template_label)]
             encoded = self.condition_encoder(torch.cat([*masks, images], 1))
             mean, sigma = self.moments(encoded, images, context)
             # The images also reach the U-Net unencoded: residuals at edges are learned several times faster so
             # (docs/FINDINGS.md).
             features = torch.cat([encoded, images], 1)
             if self.correspondence is not None:
-                features = torch.cat([features, self.correspondence(context)], 1)
-        return Condition(features.float(), mean, sigma, label_edges(context[:, :1]))
+                attended, affinity = self.correspondence(context)
+                features = torch.cat([features, attended], 1)
+        return Condition(features.float(), mean, sigma, label_edges(context.target_label)), affinity
 
     def flow(self, y: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """F, the change of the preconditioned packed sample y with its angle (see `custom.diffusion.formulas.angle`).
@@ -187,11 +192,9 @@ class StructDiffUNet(nn.Module):
         Returns:
             (B, 8, h, w, d) Haar bands.
         """
-        size = y.shape[2:]
-        missing = [n - m for n, m in zip(features.shape[2:], size, strict=True)]
-        padded = F.pad(y, [p for m in reversed(missing) for p in (0, m)], mode="replicate") if any(missing) else y
+        padded = pad_to(y, features.shape[2:])
         with self._autocast(y.device):
-            return crop_to(self.unet(torch.cat([padded, features], 1), timesteps), size).float()
+            return crop_to(self.unet(torch.cat([padded, features], 1), timesteps), y.shape[2:]).float()
 
     def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Velocity of the noisy scaled residual x (B, 1, H, W, D) at timesteps (B,), given an encoded condition.
@@ -208,16 +211,19 @@ class StructDiffUNet(nn.Module):
         velocity = from_local(c_skip * centred + c_out * f, edge) - s * mean
         return crop_to(haar_unpack(velocity), x.shape[2:])
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, with_moments: bool = False
+    ) -> torch.Tensor | Prediction:
         """Predict the velocity.
 
         Args:
             x: (B, 1, H, W, D) noisy scaled residual, any size.
             timesteps: (B,) int64.
             context: (B, 6, H, W, D), see :meth:`encode`.
+            with_moments: hand the moments on as well, as the loss needs them.
 
         Returns:
-            (B, 1, H, W, D) velocity a eps - s x0.
+            (B, 1, H, W, D) velocity a eps - s x0, or a :class:`Prediction`.
 
         Raises:
             ValueError: when x and context differ in batch or spatial size, or the context is malformed.
@@ -226,7 +232,13 @@ class StructDiffUNet(nn.Module):
             raise ValueError(
                 f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"
             )
-        return self.denoise(x, timesteps, self.encode(context))
+        condition, affinity = self._encode(Context.of(pad_to_multiple(context.float(), self.size_multiple)))
+        velocity = self.denoise(x, timesteps, condition)
+        if not with_moments:
+            return velocity
+        _, mean, sigma, edge = condition
+        a, s = amplitudes(self.alphas_cumprod, timesteps, sigma.ndim)
+        return Prediction(velocity, mean, sigma, edge, precondition(a, s, sigma.detach())[2], affinity)
 
     def __prepare_scriptable__(self) -> TracedNetwork:
         """Hook of `torch.jit.script`, which cannot compile autocast and generators: makes `ckpt_export` work."""

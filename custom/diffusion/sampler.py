@@ -12,14 +12,13 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from tqdm import tqdm
 
+from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import amplitudes, angle, angle_step
 from custom.diffusion.moments import from_local, label_edges, to_local
-from custom.diffusion.network import CONTEXT_CHANNELS, Condition, StructDiffUNet
-from custom.diffusion.schedule import ListedDDIMScheduler
+from custom.diffusion.network import Condition, StructDiffUNet
+from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
-
-_PRIOR = CONTEXT_CHANNELS.index("prior_hu")
 
 
 def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
@@ -91,8 +90,7 @@ class StructDiffInferer(Inferer):
     conditions.
 
     Args:
-        scheduler: explicit sampling times.
-        residual_scale_hu: HU of one unit of the diffused residual; the value used in training.
+        timesteps: descending times of the network calls, or a number of evenly spaced ones.
         roi_size: window; None renders the whole volume at once.
         overlap: fraction of a window shared with the next.
         seed: with the case name, the only source of randomness.
@@ -106,9 +104,8 @@ class StructDiffInferer(Inferer):
 
     def __init__(
         self,
-        scheduler: ListedDDIMScheduler,
+        timesteps: Sequence[int] | int = 10,
         *,
-        residual_scale_hu: float,
         roi_size: Sequence[int] | None = None,
         overlap: float = 0.4,
         seed: int = 0,
@@ -121,7 +118,7 @@ class StructDiffInferer(Inferer):
             raise ValueError(f"roi_size: windows must have positive even sizes, got {list(roi_size)}")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: must be in [0, 1), got {overlap}")
-        self.scheduler, self.residual_scale_hu, self.roi_size = scheduler, residual_scale_hu, roi_size
+        self.timesteps, self.roi_size = listed_timesteps(timesteps), roi_size
         self.overlap, self.seed, self.hu_range = overlap, seed, hu_range
         self.cached_windows, self.progress = cached_windows, progress
 
@@ -142,7 +139,7 @@ class StructDiffInferer(Inferer):
         Raises:
             ValueError: when there is not one name per sample.
         """
-        return self.render(inputs, network, cases, self.scheduler.timesteps.tolist())
+        return self.render(inputs, network, cases, self.timesteps)
 
     def render(
         self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str], times: Sequence[int]
@@ -158,8 +155,8 @@ class StructDiffInferer(Inferer):
         return self._to_hu(residual, context).clamp(*self.hu_range)
 
     def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        prior = context[:, _PRIOR : _PRIOR + 1]
-        return crop_to(residual, prior.shape[2:]) * self.residual_scale_hu + prior
+        prior = Context.of(context).prior_hu
+        return crop_to(residual, prior.shape[2:]) * RESIDUAL_UNIT_HU + prior
 
     def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> _Encoded:
         """Conditions of all windows and the moments of the whole volume, padded to even sizes."""
@@ -183,7 +180,7 @@ class StructDiffInferer(Inferer):
             return crop_to(both, [axis.stop - axis.start for axis in packed[index]])
 
         mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
-        return _Encoded(packed, grid, condition, mean, log_sigma.exp(), label_edges(context[:, :1]))
+        return _Encoded(packed, grid, condition, mean, log_sigma.exp(), label_edges(Context.of(context).target_label))
 
     def _denoise(
         self, noise: torch.Tensor, encoded: _Encoded, network: StructDiffUNet, times: Sequence[int]

@@ -9,51 +9,55 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.engines.utils import PrepareBatch
-from monai.networks.schedulers import Scheduler
+from monai.engines.utils import IterationEvents, PrepareBatch
+from monai.utils import CommonKeys as Keys
 
+from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
+from custom.diffusion.formulas import amplitudes
+from custom.diffusion.loss import centred_residual
 from custom.diffusion.moments import MIN_SIGMA, SD_OVER_MEAN_ABSOLUTE, ResidualMoments, label_edges, to_local
 from custom.diffusion.network import StructDiffUNet
-from custom.volumes.grids import on_device, pad_to_multiple
+from custom.volumes.grids import crop_to, on_device, pad_to_multiple
 from custom.volumes.haar import haar_pack
+
+logger = logging.getLogger(__name__)
+
+
+def scaled_residual(
+    batch: dict[str, Any], device: Any, non_blocking: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled residual (B, 1, H, W, D) and context (B, 6, H, W, D) of a batch, on the device."""
+    image, prior, context = (on_device(batch, key, device, non_blocking) for key in ("image", "prior", "context"))
+    return (image - prior) / RESIDUAL_UNIT_HU, context
 
 
 class PrepareResidualDiffusion(PrepareBatch):
-    """Batch -> (clean residual, loss targets) for MONAI's `SupervisedTrainer` with `DiffusionInferer`.
+    """Batch -> (noisy residual, targets of `StructDiffLoss`) for MONAI's `SupervisedTrainer` with `SimpleInferer`.
 
     Args:
-        scheduler: training schedule.
-        residual_scale_hu: HU of one unit of the diffused residual.
+        network: the bare network, whose schedule is that of the noise.
     """
 
-    def __init__(self, scheduler: Scheduler, *, residual_scale_hu: float) -> None:
-        self.scheduler, self.residual_scale_hu = scheduler, residual_scale_hu
-
-    def residual(
-        self, batchdata: dict[str, Any], device: Any, non_blocking: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled residual (B, 1, H, W, D) and context (B, 6, H, W, D) on the device."""
-        image, prior, context = (
-            on_device(batchdata, key, device, non_blocking) for key in ("image", "prior", "context")
-        )
-        return (image - prior) / self.residual_scale_hu, context
+    def __init__(self, network: StructDiffUNet) -> None:
+        self.network = network
 
     def __call__(
         self, batchdata: dict[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor]]:
-        """Draw noise and times from the global generator of the device."""
-        residual, context = self.residual(batchdata, device, non_blocking)
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, Any]]:
+        """Draw noise and times from the global generator of the device; x = a x0 + s eps, v = a eps - s x0."""
+        residual, context = scaled_residual(batchdata, device, non_blocking)
         noise = torch.randn_like(residual)
-        timesteps = torch.randint(0, self.scheduler.num_train_timesteps, (len(residual),), device=residual.device)
+        alphas = self.network.alphas_cumprod.to(residual.device)
+        timesteps = torch.randint(0, len(alphas), (len(residual),), device=residual.device)
+        a, s = amplitudes(alphas, timesteps, residual.ndim)
         targets = {
-            "velocity": self.scheduler.get_velocity(residual, noise, timesteps),
+            "velocity": a * noise - s * residual,
             "residual": residual,
-            "timesteps": timesteps,
             "label": on_device(batchdata, "label", device, non_blocking),
             "context": context,
             "image": on_device(batchdata, "image", device, non_blocking),
         }
-        return residual, targets, (), {"noise": noise, "timesteps": timesteps, "condition": context}
+        return a * residual + s * noise, targets, (timesteps, context), {"with_moments": True}
 
 
 class PrepareRendering(PrepareBatch):
@@ -73,17 +77,11 @@ class PrepareRendering(PrepareBatch):
         return context, truth, (), {"cases": list(batchdata["case"])}
 
 
-logger = logging.getLogger(__name__)
-
-
-def residual_sigma(
-    batches: Iterable[dict[str, Any]], prepare: PrepareResidualDiffusion, moments: ResidualMoments, device: torch.device
-) -> torch.Tensor:
+def residual_sigma(batches: Iterable[dict[str, Any]], moments: ResidualMoments, device: torch.device) -> torch.Tensor:
     """Deviation of the packed residual in its local basis and unit, by its mean absolute value (robust).
 
     Args:
         batches: training batches.
-        prepare: how a batch becomes a residual.
         moments: gives the shape of the table.
         device: where to measure.
 
@@ -92,9 +90,10 @@ def residual_sigma(
     """
     sums, count = torch.zeros(2, *moments.table.shape, dtype=torch.float64, device=device)
     for batch in batches:
-        residual, context = (pad_to_multiple(part, 2) for part in prepare.residual(batch, device))
+        residual, channels = (pad_to_multiple(part, 2) for part in scaled_residual(batch, device))
+        context = Context.of(channels)
         cell, unit = moments.cells(context)
-        local = to_local(haar_pack(residual), label_edges(context[:, :1]))
+        local = to_local(haar_pack(residual), label_edges(context.target_label))
         more = moments.absolute_sums(local / unit, cell)
         sums, count = sums + more[0], count + more[1]
     sums, count = (torch.as_tensor(idist.all_reduce(part)) for part in (sums, count))
@@ -111,7 +110,6 @@ class MeasureResidual:
         network: the bare network to set.
         shadow: its EMA copy, set as well.
         data_loader: training batches.
-        prepare: how a batch becomes a residual.
         batches: how many batches to measure.
         device: where to measure.
     """
@@ -121,12 +119,11 @@ class MeasureResidual:
         network: StructDiffUNet,
         shadow: StructDiffUNet,
         data_loader: Iterable[dict[str, Any]],
-        prepare: PrepareResidualDiffusion,
         *,
         batches: int,
         device: torch.device,
     ) -> None:
-        self.network, self.shadow, self.data_loader, self.prepare = network, shadow, data_loader, prepare
+        self.network, self.shadow, self.data_loader = network, shadow, data_loader
         self.batches, self.device = batches, torch.device(device)
 
     def attach(self, engine: Engine) -> None:
@@ -146,7 +143,32 @@ class MeasureResidual:
         """Measure unless training was resumed."""
         if engine.state.epoch > 0:
             return
-        sigma = residual_sigma(self._some(), self.prepare, self.network.moments, self.device)
+        sigma = residual_sigma(self._some(), self.network.moments, self.device)
         for network in (self.network, self.shadow):
             network.moments.set_table(sigma)
         logger.info("residual sigma (mode, region, low-pass and highest band): %s", sigma[..., [0, 7]].tolist())
+
+
+class TrackResidual:
+    """Let the measured deviations follow the mean, which explains ever more of the residual, after every iteration.
+
+    Args:
+        network: the bare network, whose table moves once it is measured.
+    """
+
+    def __init__(self, network: StructDiffUNet) -> None:
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer of :class:`PrepareResidualDiffusion`."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Follow one batch."""
+        if not bool(self.network.moments.measured):
+            return
+        prediction, target = (engine.state.output[key] for key in (Keys.PRED, Keys.LABEL))  # type: ignore[index]
+        centred = centred_residual(prediction, target["residual"])
+        sigma = crop_to(prediction.sigma, centred.shape[2:])
+        self.network.moments.track(centred / sigma, Context.of(pad_to_multiple(target["context"], 2)))

@@ -11,7 +11,7 @@ import torch
 from monai.networks.layers import GaussianFilter
 from monai.transforms import Randomizable, Transform
 
-from custom.diffusion.moments import MODES
+from custom.diffusion.context import MODES, Context
 from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
 from custom.geometry.deformation import sample
 from custom.geometry.registration import template_coordinates
@@ -21,7 +21,7 @@ from custom.volumes.intensity import label_statistics, noise_sd, split_noise, su
 from custom.volumes.reading import file_of
 
 logger = logging.getLogger(__name__)
-_PSF_SIGMA_VOXELS = 0.5
+_PSF_SIGMA_VOXELS = 0.5  # ours: the edge of a changed label is about as soft as a scan at 1.5 mm
 
 
 class SplitNoised(Transform):
@@ -160,7 +160,7 @@ class AlignTemplated(Transform):
 
 
 class PaintPriord(Transform):
-    """Add `prior` (1, H, W, D) HU and `context` (6, H, W, D), see `custom.diffusion.network.CONTEXT_CHANNELS`.
+    """Add `prior` (1, H, W, D) HU and `context` (6, H, W, D), the channels of :class:`Context`.
 
     Needs `label`, `template_image`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
 
@@ -210,7 +210,7 @@ class PaintPriord(Transform):
         elif mode == "unconditional":
             target = none
         grain = torch.full_like(label, float(data["grain_sd"]) if mode == "template" else 0.0)
-        context = torch.cat([target, template, template_label, prior, sd, grain], 1)
+        context = Context(target, template, template_label, prior, sd, grain).stacked()
         return {**data, "prior": on_grid_of(prior, data["label"]), "context": on_grid_of(context, data["label"])}
 
     def _statistics(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:

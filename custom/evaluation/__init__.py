@@ -1,18 +1,19 @@
 """How good renderings, sets and segmentations are."""
 
 from custom.evaluation.distances import radiomic_features, radiomic_names
-from custom.evaluation.handlers import LabelTable, MetricsTable, Previews, SegmentationPictures
-from custom.evaluation.labels import MillimetreMetric, TopologyMetric
+from custom.evaluation.handlers import LabelTable, MetricColumns, MetricsTable, Previews, SegmentationPictures
+from custom.evaluation.labels import SurfaceMetric, TopologyMetric
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
 
 __all__ = [
     "LabelTable",
+    "MetricColumns",
     "MetricsTable",
-    "MillimetreMetric",
     "Previews",
     "RenderingMetric",
     "SegmentationPictures",
+    "SurfaceMetric",
     "TopologyMetric",
     "measure_set",
     "radiomic_features",

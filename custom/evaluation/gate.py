@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,24 @@ from scipy import ndimage
 
 from custom.evaluation.rendering import texture_correlation, vessel_regions
 from custom.geometry.centrelines import skeleton
+from custom.volumes.gate import Gate
 from custom.volumes.intensity import label_statistics
 
 __all__ = ["ImageGate", "examine", "rejections"]
 
 Volume = NDArray[np.float32]
-_MIN_CONTRAST_HU = 30.0
+_MIN_CONTRAST_HU = 30.0  # ours: about the noise of a scan; a template with less shows no vessels
 
 
 @dataclass(frozen=True)
-class ImageGate:
+class ImageGate(Gate):
     """Limits of acceptance; None switches one off.
 
     Attributes:
         max_label_error_hu: largest difference of a label's mean from the template's (thin labels apart).
         max_label_sd_ratio: largest standard deviation of a label over that in the template (thin labels apart): no
             label drowned in noise.
-        hu_ranges: label id -> lowest and highest plausible mean, HU.
+        plausible_hu: label id -> lowest and highest mean that a scan can have, HU.
         max_score_hu: largest sample score.
         min_vessel_contrast: smallest contrast of thin labels over their surroundings, as a share of the template's.
         min_vessel_continuity: smallest share of their centre lines that is brighter than half of that contrast, over
@@ -39,25 +40,11 @@ class ImageGate:
 
     max_label_error_hu: float | None = 60.0
     max_label_sd_ratio: float | None = 2.5
-    hu_ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    plausible_hu: Mapping[int, tuple[float, float]] | None = None
     max_score_hu: float | None = None
     min_vessel_contrast: float | None = 0.5
     min_vessel_continuity: float | None = 0.7
     max_template_copy: float | None = 0.8
-
-    @classmethod
-    def from_config(cls, limits: Mapping[str, Any]) -> ImageGate:
-        """A gate from a config dictionary; limits not named keep their default.
-
-        Raises:
-            ValueError: naming an unknown limit and all that exist.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(limits) - set(known))
-        if unknown:
-            raise ValueError(f"gate: {unknown} do not exist; the limits are {known}")
-        ranges = {int(k): (float(v[0]), float(v[1])) for k, v in (limits.get("hu_ranges") or {}).items()}
-        return cls(**{**limits, "hu_ranges": ranges})
 
 
 def _visible_share(image: Volume, vessel: NDArray[np.bool_], threshold_hu: float) -> float:
@@ -140,10 +127,10 @@ def rejections(measures: Mapping[str, Any], score_hu: float, gate: ImageGate) ->
     for k, ratio in measures["label_sd_ratio"].items():
         if gate.max_label_sd_ratio is not None and ratio > gate.max_label_sd_ratio:
             broken.append(f"max_label_sd_ratio: label {k} has {ratio:.1f} times the SD of its template")
-    for k, (low, high) in gate.hu_ranges.items():
+    for k, (low, high) in (gate.plausible_hu or {}).items():
         mean = measures["label_mean_hu"].get(k)
         if mean is not None and not low <= mean <= high:
-            broken.append(f"hu_ranges: label {k} has {mean:.0f} HU, plausible are {low:.0f} to {high:.0f}")
+            broken.append(f"plausible_hu: label {k} has {mean:.0f} HU, plausible are {low:.0f} to {high:.0f}")
     lowest = {"vessel_contrast": gate.min_vessel_contrast, "vessel_continuity": gate.min_vessel_continuity}
     for name, limit in lowest.items():
         if limit is not None and measures[name] < limit:

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import IgniteMetricHandler
 from monai.transforms import Orientation
 from monai.utils import CommonKeys as Keys
 
-from custom.runs.files import replace_file
+from custom.evaluation.labels import ColumnMetric
+from custom.runs.files import write_table
 from custom.volumes.pictures import save_mask_sheet, save_sheet
+
+
+class MetricColumns(IgniteMetricHandler):
+    """MONAI's handler for a metric of several columns: each joins the engine's metrics and details by its own name.
+
+    The name under which it is attached is not used, so that of a key metric must be the name of a column.
+
+    Args:
+        metric_fn: the metric.
+        output_transform: from the engine's output to predictions and truth.
+        prefix: goes before the names of the columns.
+    """
+
+    metric_fn: ColumnMetric
+
+    def __init__(self, metric_fn: ColumnMetric, output_transform: Callable[..., Any], *, prefix: str = "") -> None:
+        super().__init__(metric_fn, output_transform=output_transform)
+        self.prefix = prefix
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Write mean and details of every column into the engine's state."""
+        details: dict[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined]
+        details |= {self.prefix + column: values for column, values in self.metric_fn.details().items()}
+        means = self.metric_fn.aggregate()
+        engine.state.metrics |= {self.prefix + column: mean for column, mean in means.items()}
 
 
 class Previews:
@@ -68,7 +95,7 @@ class MetricsTable:
     """Append the metrics to a CSV after each evaluation; rows of epochs that a resumed run repeats are replaced.
 
     Args:
-        path: of the CSV.
+        path: of the CSV; a column for every metric of the last evaluation, empty where one is not defined.
     """
 
     def __init__(self, path: str) -> None:
@@ -83,34 +110,29 @@ class MetricsTable:
         if idist.get_rank() != 0:
             return
         row: dict[str, Any] = {"epoch": engine.state.epoch, **engine.state.metrics}
-        rows: list[dict[str, Any]] = []
+        rows: list[Mapping[str, Any]] = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [r for r in csv.DictReader(file) if int(r["epoch"]) < row["epoch"]]
-
-        def write(part: Path) -> None:
-            with part.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows([*rows, row])
-
-        replace_file(self.path, write)
+            written = pd.read_csv(self.path, dtype=str, keep_default_na=False)
+            earlier = written[written["epoch"].astype(int) < row["epoch"]]
+            rows = earlier.reindex(columns=list(row)).to_dict("records")
+        write_table(self.path, [*rows, row])
 
 
 class LabelTable:
     """Write `<path>` with a row for every case and label, and add the mean of every label to the engine's metrics.
 
-    Attach before handlers that log metrics. A metric joins through `save_details` of its handler.
+    Attach before handlers that log metrics. A metric joins through the details that its handler saves.
 
     Args:
         path: of the CSV; columns `case`, `label` and the metrics; empty where a metric is not defined.
         label_names: one for each id, background first.
-        columns: metric -> ids of its columns.
+        labels: ids of the details, in their order.
+        columns: names of the metrics.
     """
 
-    def __init__(self, path: str, *, label_names: Sequence[str], columns: Mapping[str, Sequence[int]]) -> None:
-        self.path, self.label_names = Path(path), list(label_names)
-        self.columns = {name: list(ids) for name, ids in columns.items()}
+    def __init__(self, path: str, *, label_names: Sequence[str], labels: Sequence[int], columns: Sequence[str]) -> None:
+        self.path, self.columns = Path(path), list(columns)
+        self.names = [label_names[k] for k in labels]
         self._cases: list[str] = []
 
     def attach(self, engine: Engine) -> None:
@@ -123,27 +145,27 @@ class LabelTable:
         self._cases += [item["case"] for item in engine.state.batch]  # type: ignore[union-attr]
 
     def write(self, engine: Engine) -> None:
-        """Write the table."""
+        """Write the table.
+
+        Raises:
+            ValueError: when the details of a metric are not of the cases and labels.
+        """
         details: Mapping[str, Any] = engine.state.metric_details  # type: ignore[attr-defined]
-        ids = sorted({k for own in self.columns.values() for k in own})
-        rows: list[dict[str, Any]] = [{"case": case, "label": self.label_names[k]} for case in self._cases for k in ids]
-        for name, own in self.columns.items():
-            values = torch.as_tensor(details[name]).cpu().numpy()
-            for column, k in enumerate(own):
-                for row, value in zip(rows[ids.index(k) :: len(ids)], values[:, column], strict=True):
-                    row[name] = "" if np.isnan(value) else f"{value:.4f}"
-                known = values[:, column][~np.isnan(values[:, column])]
-                if len(known):
-                    engine.state.metrics[f"{name} {self.label_names[k]}"] = float(known.mean())
+        rows = [{"case": case, "label": name} for case in self._cases for name in self.names]
+        for column in self.columns:
+            values = torch.as_tensor(details[column]).cpu().numpy()
+            if values.shape != (len(self._cases), len(self.names)):
+                raise ValueError(
+                    f"columns: {column!r} has details of shape {values.shape}, needed are {len(self._cases)} cases and "
+                    f"{len(self.names)} labels"
+                )
+            for row, value in zip(rows, values.ravel(), strict=True):
+                row[column] = "" if np.isnan(value) else f"{value:.4f}"
+            for name, own in zip(self.names, values.T, strict=True):
+                if not np.isnan(own).all():
+                    engine.state.metrics[f"{column} {name}"] = float(own[~np.isnan(own)].mean())
         self._cases = []
-
-        def save(part: Path) -> None:
-            with part.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["case", "label", *self.columns], restval="")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        replace_file(self.path, save)
+        write_table(self.path, rows)
 
 
 class SegmentationPictures:

@@ -3,106 +3,127 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from monai.metrics import CumulativeIterationMetric
 from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
-from custom.evaluation.labels import _VOXELS, MASK_MEASURES, _chosen
-from custom.volumes.intensity import MIN_VOXELS, label_statistics, noise_sd
+from custom.evaluation.labels import MASK_MEASURES, ColumnMetric, MaskPair, check_measures
+from custom.geometry.topology import BoolArray
+from custom.volumes.intensity import LUNG_BELOW_HU, MIN_VOXELS, label_statistics, noise_sd
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
-_LUNG_BELOW_HU = -300.0
-
-
-def label_mean_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """Mean over labels of |difference of label means| in HU; NaN when none of the labels has 8 voxels."""
-    size = max(int(label.max()), *labels) + 1
-    means = [label_statistics(torch.from_numpy(v), torch.from_numpy(label), size)[:, 0] for v in (rendered, truth)]
-    difference = (means[0] - means[1]).abs()[list(labels)]
-    return float(difference.nanmean())
-
-
-def label_wasserstein(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """Mean over labels of the Wasserstein distance between the HU of a label, rendered and true, in HU.
-
-    A shift counts as much as it is, a wrong spread or shape too. NaN when none of the labels has 8 voxels.
-    """
-    inside = [label == k for k in labels if np.count_nonzero(label == k) >= MIN_VOXELS]
-    distances = [wasserstein_distance(rendered[mask], truth[mask]) for mask in inside]
-    return float(np.mean(distances)) if distances else float("nan")
-
-
-def grain_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """Noise SD inside the labels, rendered over true; NaN when the truth has none."""
-    inside = ndimage.binary_erosion(np.isin(label, labels), _CUBE)
-    reference = noise_sd(truth, inside)
-    return noise_sd(rendered, inside) / reference if reference > 0 else float("nan")
 
 
 def vessel_regions(
     truth: np.ndarray, label: np.ndarray, labels: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[BoolArray, BoolArray, BoolArray]:
     """Masks of the vessels, of the tissue around them, and of where they are searched.
 
-    Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung in the
-    true image. Searched: the vessels and unlabelled voxels within 2 voxels of them and more than one from other
-    labels.
+    Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung (below
+    LUNG_BELOW_HU, -400; up to version 0.2.0 it was -300) in the true image. Searched: the vessels and unlabelled voxels
+    within 2 voxels of them and more than one from other labels.
     """
     vessel = np.isin(label, labels)
     free = ~ndimage.binary_dilation((label > 0) & ~vessel, _CUBE) & (label == 0)
     near = ndimage.binary_dilation(vessel, _CUBE)
-    around = ndimage.binary_dilation(near, _CUBE, iterations=2) & ~near & free & (truth > _LUNG_BELOW_HU)
+    around = ndimage.binary_dilation(near, _CUBE, iterations=2) & ~near & free & (truth > LUNG_BELOW_HU)
     return vessel, around, vessel | (ndimage.binary_dilation(near, _CUBE) & free)
 
 
-def vessel_contrast_ratio(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
+@dataclass(eq=False)
+class Rendering:
+    """A rendered volume beside the true one, and what measures of its vessels share, computed when first asked for.
+
+    Args:
+        rendered, truth: (H, W, D) HU; the truth is NaN where it is not known.
+        label: (H, W, D) ids, the mask that it must show.
+        labels: ids that are looked at.
+        touches: ids of the mask that vessels come from, for example the aorta.
+    """
+
+    rendered: np.ndarray
+    truth: np.ndarray
+    label: np.ndarray
+    labels: Sequence[int]
+    touches: Sequence[int] = ()
+
+    @cached_property
+    def regions(self) -> tuple[BoolArray, BoolArray, BoolArray]:
+        """`vessel_regions` of the labels."""
+        return vessel_regions(self.truth, self.label, self.labels)
+
+    @cached_property
+    def vessels(self) -> MaskPair | None:
+        """Vessels that a threshold finds in the rendered image near those of the label, and these; lengths in voxels.
+
+        The threshold lies half-way between the true vessels and the tissue around them. None when either is empty, or
+        the true image unknown. The true image itself is not found whole: thin branches vanish in partial volume and
+        noise.
+        """
+        vessel, around, searched = self.regions
+        if not vessel.any() or not around.any():
+            return None
+        threshold = (self.truth[vessel].mean() + self.truth[around].mean()) / 2
+        touched = np.isin(self.label, self.touches) if self.touches else None
+        return MaskPair((self.rendered > threshold) & searched, vessel, touched)
+
+
+def label_mean_error(case: Rendering) -> float:
+    """Mean over labels of |difference of label means| in HU; NaN when none of the labels has 8 voxels."""
+    size = max([int(case.label.max()), *case.labels]) + 1
+    label = torch.from_numpy(case.label)
+    means = [label_statistics(torch.from_numpy(v), label, size)[:, 0] for v in (case.rendered, case.truth)]
+    difference = (means[0] - means[1]).abs()[list(case.labels)]
+    return float(difference.nanmean())
+
+
+def label_mean_score(case: Rendering) -> float:
+    """Minus `label_mean_error`, for handlers that keep the largest value."""
+    return -label_mean_error(case)
+
+
+def label_wasserstein(case: Rendering) -> float:
+    """Mean over labels of the Wasserstein distance between the HU of a label, rendered and true, in HU.
+
+    A shift counts as much as it is, a wrong spread or shape too. NaN when none of the labels has 8 voxels.
+    """
+    inside = [case.label == k for k in case.labels if np.count_nonzero(case.label == k) >= MIN_VOXELS]
+    distances = [wasserstein_distance(case.rendered[mask], case.truth[mask]) for mask in inside]
+    return float(np.mean(distances)) if distances else float("nan")
+
+
+def grain_ratio(case: Rendering) -> float:
+    """Noise SD inside the labels, rendered over true; NaN when the truth has none."""
+    inside = ndimage.binary_erosion(np.isin(case.label, case.labels), _CUBE)
+    reference = noise_sd(case.truth, inside)
+    return noise_sd(case.rendered, inside) / reference if reference > 0 else float("nan")
+
+
+def mean_absolute_error(case: Rendering) -> float:
+    """Mean |difference| in HU over the voxels of the labels (0 is the background); NaN when they are absent."""
+    inside = np.isin(case.label, case.labels)
+    return float(np.abs(case.rendered[inside] - case.truth[inside]).mean()) if inside.any() else float("nan")
+
+
+def vessel_contrast_ratio(case: Rendering) -> float:
     """Mean of the vessels over that of the tissue around them, rendered over true.
 
     NaN when either is empty or the true image has no contrast there.
     """
-    vessel, around, _ = vessel_regions(truth, label, labels)
+    vessel, around, _ = case.regions
     if not vessel.any() or not around.any():
         return float("nan")
-    contrasts = [float(image[vessel].mean() - image[around].mean()) for image in (rendered, truth)]
+    contrasts = [float(image[vessel].mean() - image[around].mean()) for image in (case.rendered, case.truth)]
     return contrasts[0] / contrasts[1] if contrasts[1] else float("nan")
 
 
-def found_vessels(
-    rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Masks of the vessels that a threshold finds in the rendered image near those of the label, and of these.
-
-    The threshold lies half-way between the true vessels and the tissue around them. None when either is empty, or the
-    true image unknown. The true image itself is not found whole: thin branches vanish in partial volume and noise.
-    """
-    vessel, around, searched = vessel_regions(truth, label, labels)
-    if not vessel.any() or not around.any():
-        return None
-    threshold = (truth[vessel].mean() + truth[around].mean()) / 2
-    return (rendered > threshold) & searched, vessel
-
-
-def _of_vessels(
-    measure: Callable[..., float],
-    rendered: np.ndarray,
-    truth: np.ndarray,
-    label: np.ndarray,
-    labels: Sequence[int],
-    touches: Sequence[int] = (),
-) -> float:
-    """A measure of MASK_MEASURES, lengths in voxels, between what `found_vessels` finds and the vessels, or NaN."""
-    masks = found_vessels(rendered, truth, label, labels)
-    return measure(*masks, np.isin(label, touches), _VOXELS) if masks else float("nan")
-
-
-def mean_absolute_error(rendered: np.ndarray, truth: np.ndarray, label: np.ndarray, labels: Sequence[int]) -> float:
-    """Mean |difference| in HU over the voxels of the labels (0 is the background); NaN when they are absent."""
-    inside = np.isin(label, labels)
-    return float(np.abs(rendered[inside] - truth[inside]).mean()) if inside.any() else float("nan")
+def _of_vessels(measure: Callable[[MaskPair], float], case: Rendering) -> float:
+    """A measure of MASK_MEASURES between the vessels that are found and those of the label, or NaN."""
+    return measure(case.vessels) if case.vessels else float("nan")
 
 
 def texture_correlation(image: np.ndarray, other: np.ndarray, inside: np.ndarray) -> float:
@@ -111,41 +132,61 @@ def texture_correlation(image: np.ndarray, other: np.ndarray, inside: np.ndarray
     return float(np.corrcoef(*fine)[0, 1])
 
 
-# Rendered and true image, label map and label ids -> value.
-MEASURES: dict[str, Callable[..., float]] = {
-    measure.__name__: measure
-    for measure in (label_mean_error, label_wasserstein, grain_ratio, vessel_contrast_ratio, mean_absolute_error)
-} | {f"vessel_{name}": partial(_of_vessels, measure) for name, measure in MASK_MEASURES.items()}
+MEASURES: dict[str, Callable[[Rendering], float]] = {
+    "label_mean_error": label_mean_error,
+    "label_mean_score": label_mean_score,
+    "label_wasserstein": label_wasserstein,
+    "grain_ratio": grain_ratio,
+    "mean_absolute_error": mean_absolute_error,
+    "vessel_contrast_ratio": vessel_contrast_ratio,
+    **{f"vessel_{name}": partial(_of_vessels, measure) for name, measure in MASK_MEASURES.items()},
+}
 
 
-class RenderingMetric(CumulativeIterationMetric):
-    """One measure of rendered volumes, cumulated over cases; the aggregate is the mean over cases where it is defined.
+def _group(measure: str) -> str:
+    """The argument of `RenderingMetric` that names the labels a measure looks at."""
+    if measure.startswith("vessel_"):
+        return "thin_labels"
+    return "homogeneous_labels" if measure == "grain_ratio" else "labels"
+
+
+class RenderingMetric(ColumnMetric):
+    """Measures of rendered volumes, a column each; vessels are looked for once a case.
+
+    The aggregate of a column is its mean over cases where it is defined.
 
     Args:
-        measure: a name of MEASURES.
-        labels: label ids it looks at.
-        sign: -1 turns an error into a score, for handlers that keep the largest value.
-        touches: only for "vessel_attached": ids of labels of the mask that vessels come from, for example the aorta.
+        measures: names of the columns, of MEASURES.
+        labels: ids of the measures that are named after labels, and of "mean_absolute_error".
+        thin_labels: ids of the vessels, for measures that are named after them.
+        homogeneous_labels: ids in which "grain_ratio" measures the noise.
+        touches: for "vessel_attached": ids of the mask that vessels come from, for example the aorta; without: NaN.
 
     Raises:
-        ValueError: on an unknown measure, or `touches` where it is missing or not used.
+        ValueError: on an unknown measure.
     """
 
-    def __init__(self, measure: str, labels: Sequence[int], sign: float = 1.0, *, touches: Sequence[int] = ()) -> None:
-        super().__init__()
-        chosen = _chosen(measure, MEASURES, touches)
-        self.measure = partial(chosen, touches=touches) if touches else chosen
-        self.labels, self.sign = list(labels), sign
+    def __init__(
+        self,
+        measures: Sequence[str],
+        *,
+        labels: Sequence[int] = (),
+        thin_labels: Sequence[int] = (),
+        homogeneous_labels: Sequence[int] = (),
+        touches: Sequence[int] = (),
+    ) -> None:
+        check_measures(measures, MEASURES)
+        super().__init__(measures)
+        groups = {"labels": labels, "thin_labels": thin_labels, "homogeneous_labels": homogeneous_labels}
+        self.groups, self.touches = {name: list(ids) for name, ids in groups.items()}, list(touches)
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """(B, 1, H, W, D) rendered HU against (B, 2, H, W, D) true HU and label -> (B, 1)."""
+        """(B, 1, H, W, D) rendered HU against (B, 2, H, W, D) true HU and label -> (B, 1, columns)."""
         if y is None or y.shape[1] != 2:
             raise ValueError("y: must be (B, 2, H, W, D), true image and label")
         values = []
         for rendered, truth in zip(y_pred.cpu().float().numpy(), y.cpu().float().numpy(), strict=True):
-            values.append(self.measure(rendered[0], truth[0], truth[1].round().astype(np.int64), self.labels))
-        return self.sign * torch.tensor(values, dtype=torch.float32)[:, None]
-
-    def aggregate(self) -> torch.Tensor:  # type: ignore[override]
-        """Mean over cases, NaN cases left out; scalar."""
-        return torch.as_tensor(self.get_buffer()).nanmean()
+            volumes = rendered[0], truth[0], truth[1].round().astype(np.int64)
+            cases = {name: Rendering(*volumes, ids, self.touches) for name, ids in self.groups.items()}
+            values.append([MEASURES[measure](cases[_group(measure)]) for measure in self.columns])
+        return torch.tensor(values, dtype=torch.float32)[:, None]

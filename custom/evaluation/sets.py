@@ -37,8 +37,8 @@ __all__ = ["SET_MEASURES", "measure_set"]
 SET_MEASURES = "set_metrics.json"
 Case = Mapping[str, Any]
 Features = Callable[[NDArray, NDArray], NDArray]
-_THUMBNAIL = 16
-_SHIFTS = 10
+_THUMBNAIL = 16  # voxels a side, ours: shows pose and habitus, which is enough to choose whom to compare
+_SHIFTS = 10  # ours: so many features are listed
 _LIMITS = ("local_correlation", "template_copy")
 
 
@@ -213,7 +213,7 @@ def measure_set(
     candidates: int,
     seed: int,
     settings: Mapping[str, Any],
-    tracking_uri: str | None = None,
+    tracking_uri: str | Callable[[], str] | None = None,
 ) -> str:
     """Write `set_metrics.json` of a synthetic data set: realism, diversity, memorisation and near duplicates.
 

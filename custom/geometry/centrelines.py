@@ -1,7 +1,7 @@
 """Masks changed voxel by voxel without a change of topology: centre lines, and growth (numpy arrays, 3D).
 
-A voxel is simple when adding or removing it changes no Betti number. Connectivity as in `custom.topology`: 26 for the
-foreground, 6 for the background; what lies outside the array is background.
+A voxel is simple when adding or removing it changes no Betti number. Connectivity as in `custom.geometry.topology`:
+26 for the foreground, 6 for the background; what lies outside the array is background.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from custom.geometry.topology import BoolArray, as_mask, attached_part, bounding
 
 __all__ = ["cl_dice", "grow", "centreline_attached", "centreline_recovered", "line_lengths", "skeleton"]
 
-_CUBE = np.ones((3, 3, 3), dtype=bool)
-_OFFSETS = np.array([o for o in product((-1, 0, 1), repeat=3) if o != (0, 0, 0)])  # 26 neighbours
+# The 26 neighbours of a voxel, which of them share a face or an edge with it, and which are neighbours of one another:
+# the neighbourhoods of Bertrand & Malandain 1994.
+_OFFSETS = np.array([o for o in product((-1, 0, 1), repeat=3) if o != (0, 0, 0)])
 _FACES = np.abs(_OFFSETS).sum(1) == 1
 _WITHIN_18 = np.abs(_OFFSETS).sum(1) <= 2
 _LINKS_26 = (np.abs(_OFFSETS[:, None] - _OFFSETS[None]).max(2) <= 1).astype(np.float32)
@@ -157,7 +158,7 @@ def grow(seed: ArrayLike, within: ArrayLike) -> BoolArray:
     return grown
 
 
-def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
+def cl_dice(prediction: ArrayLike, truth: ArrayLike, *, skeletons: tuple[BoolArray, BoolArray] | None = None) -> float:
     """Centre-line Dice with hard skeletons.
 
     T_prec = |S_P & V_L| / |S_P|, T_sens = |S_L & V_P| / |S_L|, clDice = 2 T_prec T_sens / (T_prec + T_sens), with
@@ -166,6 +167,7 @@ def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
     Args:
         prediction: (H, W, D), non-zero is foreground.
         truth: (H, W, D), non-zero is foreground.
+        skeletons: of the two, where they are at hand; None computes them.
 
     Returns:
         A value in [0, 1]; 1 if both masks are empty, 0 if exactly one is.
@@ -180,7 +182,7 @@ def cl_dice(prediction: ArrayLike, truth: ArrayLike) -> float:
     same_shape("prediction", v_p, "truth", v_l)
     if not v_p.any() or not v_l.any():
         return float(not v_p.any() and not v_l.any())
-    s_p, s_l = skeleton(v_p), skeleton(v_l)
+    s_p, s_l = skeletons or (skeleton(v_p), skeleton(v_l))
     precision = (s_p & v_l).sum() / s_p.sum()
     sensitivity = (s_l & v_p).sum() / s_l.sum()
     if precision + sensitivity == 0:
@@ -212,7 +214,11 @@ def line_lengths(line: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0))
 
 
 def centreline_recovered(
-    prediction: ArrayLike, truth: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)
+    prediction: ArrayLike,
+    truth: ArrayLike,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    *,
+    line: BoolArray | None = None,
 ) -> float:
     """Share of the length of the true centre line that lies in the predicted mask.
 
@@ -220,6 +226,7 @@ def centreline_recovered(
         prediction: (H, W, D), non-zero is foreground.
         truth: (H, W, D), non-zero is foreground.
         spacing_mm: voxel size along each axis, mm.
+        line: skeleton of the truth, where it is at hand; None computes it.
 
     Returns:
         A value in [0, 1]; NaN if the truth is empty, 0 if only the prediction is.
@@ -229,17 +236,20 @@ def centreline_recovered(
     """
     found, wanted = as_mask("prediction", prediction), as_mask("truth", truth)
     same_shape("prediction", found, "truth", wanted)
-    lengths = line_lengths(skeleton(wanted), spacing_mm)
+    lengths = line_lengths(skeleton(wanted) if line is None else line, spacing_mm)
     return float(lengths[found].sum() / lengths.sum()) if wanted.any() else float("nan")
 
 
-def centreline_attached(mask: ArrayLike, other: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
+def centreline_attached(
+    mask: ArrayLike, other: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), *, line: BoolArray | None = None
+) -> float:
     """Share of the length of a mask's centre line whose component touches another mask.
 
     Args:
         mask: (H, W, D), for example found coronaries.
         other: (H, W, D), for example the aorta.
         spacing_mm: voxel size along each axis, mm.
+        line: skeleton of the mask, where it is at hand; None computes it.
 
     Returns:
         A value in [0, 1]; NaN if `mask` is empty, 0 if only `other` is.
@@ -248,5 +258,5 @@ def centreline_attached(mask: ArrayLike, other: ArrayLike, spacing_mm: Sequence[
         ValueError: if an argument is not 3D or the shapes differ.
     """
     attached = attached_part(mask, other)
-    lengths = line_lengths(skeleton(mask), spacing_mm)
+    lengths = line_lengths(skeleton(mask) if line is None else line, spacing_mm)
     return float(lengths[attached].sum() / lengths.sum()) if lengths.any() else float("nan")

@@ -24,12 +24,12 @@ __all__ = [
     "jacobian_determinant",
     "random_velocity",
     "sample",
+    "sample_labels",
     "warp",
-    "warp_labels",
 ]
 
-_STEP_PER_SIGMA = 0.75  # distance of basis nodes: the variance between nodes then ripples by less than 0.1 %
-_MARGIN_PER_SIGMA = 2.5  # nodes beyond the grid, so that the field is stationary up to its border
+_STEP_PER_SIGMA = 0.75  # distance of basis nodes. Ours: the variance between nodes then ripples by less than 0.1 %
+_MARGIN_PER_SIGMA = 2.5  # nodes beyond the grid. Ours: those farther out hold 3e-7 of the variance at its border
 
 
 def check_volume(name: str, volume: Tensor, channels: int | None = None) -> None:
@@ -93,6 +93,33 @@ def sample(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear") -> Te
     return (values if volume.dtype.is_floating_point else values.round()).to(volume.dtype)
 
 
+def sample_labels(label_map: Tensor, coordinates: Tensor) -> Tensor:
+    """Reads a label map at given positions without the staircases of nearest-neighbour reading. Ours.
+
+    The label with most linear weight wins, ties go to the lower id; a label that is nearest to no position is left
+    out. One label at a time is held as floating point, so memory does not grow with their number.
+
+    Args:
+        label_map: (B, 1, h, w, d) whole numbers, any dtype.
+        coordinates: (B, 3, H, W, D) or (1, 3, H, W, D), as in `sample`; of a displacement,
+            `identity_coordinates(shape) + displacement`.
+
+    Returns:
+        (B, 1, H, W, D) of the dtype of `label_map`; an empty map stays empty.
+
+    Raises:
+        ValueError: if a shape is wrong.
+    """
+    check_volume("label_map", label_map, 1)
+    nearest = sample(label_map, coordinates, mode="nearest")
+    winner, best = torch.zeros_like(nearest), torch.zeros_like(nearest, dtype=torch.float32)
+    for label in nearest.unique().tolist():
+        weight = sample((label_map == label).float(), coordinates)
+        winner = winner.masked_fill(weight > best, label)
+        best = torch.maximum(best, weight)
+    return winner
+
+
 def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Tensor:
     """Pulls a volume through a displacement: warp(volume, u)(x) = volume(x + u(x)).
 
@@ -115,36 +142,6 @@ def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear") -> Ten
             f"{tuple(displacement.shape[2:])}; for different grids pass coordinates to sample()."
         )
     return sample(volume, identity_coordinates(volume.shape[2:], device=volume.device) + displacement, mode=mode)
-
-
-def warp_labels(label_map: Tensor, displacement: Tensor, num_labels: int) -> Tensor:
-    """Warps a label map without the staircases of nearest-neighbour reading: the label with most linear weight wins.
-
-    One label at a time is held as floating point, so memory does not grow with `num_labels`. Ties go to the lower id.
-
-    Args:
-        label_map: (B, 1, H, W, D) integer labels 0 .. num_labels - 1.
-        displacement: (B or 1, 3, H, W, D), in voxels.
-        num_labels: number of labels with background.
-
-    Returns:
-        (B, 1, H, W, D) of the dtype of `label_map`; an empty map stays empty.
-
-    Raises:
-        ValueError: if a shape is wrong or a label lies outside 0 .. num_labels - 1.
-    """
-    check_volume("label_map", label_map, 1)
-    low, high = int(label_map.min()), int(label_map.max())
-    if low < 0 or high >= num_labels:
-        raise ValueError(f"label_map must hold labels 0 .. {num_labels - 1}, got {low} .. {high}; raise num_labels.")
-    winner = torch.zeros_like(label_map)
-    best = warp((label_map == 0).float(), displacement)
-    for label in range(1, num_labels):
-        weight = warp((label_map == label).float(), displacement)
-        ahead = weight > best
-        winner[ahead] = label
-        best = torch.maximum(best, weight)
-    return winner
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
@@ -206,14 +203,12 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     check_volume("displacement", displacement, 3)
     if min(displacement.shape[2:]) < 2:
         raise ValueError(f"displacement must have two voxels along each axis, got {tuple(displacement.shape[2:])}.")
-    rows = [torch.gradient(displacement[:, k], dim=(1, 2, 3)) for k in range(3)]
-    jacobian = [[rows[i][j] + float(i == j) for j in range(3)] for i in range(3)]
-    det = (
-        jacobian[0][0] * (jacobian[1][1] * jacobian[2][2] - jacobian[1][2] * jacobian[2][1])
-        - jacobian[0][1] * (jacobian[1][0] * jacobian[2][2] - jacobian[1][2] * jacobian[2][0])
-        + jacobian[0][2] * (jacobian[1][0] * jacobian[2][1] - jacobian[1][1] * jacobian[2][0])
-    )
-    return det[:, None]
+    batch, _, *shape = displacement.shape
+    jacobian = displacement.new_empty(batch, *shape, 3, 3)
+    for axis, derivative in enumerate(torch.gradient(displacement, dim=(2, 3, 4))):
+        jacobian[..., axis] = derivative.movedim(1, -1)  # in place, a quarter faster than stacked
+    jacobian.diagonal(dim1=-2, dim2=-1).add_(1)
+    return torch.linalg.det(jacobian)[:, None]
 
 
 def _gaussian_basis(positions_mm: Tensor, extent_mm: float, sigma_mm: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Training-free alignment and registration of label maps (torch).
 
-Displacements, velocities and coordinates are those of `custom.deformation`: voxels, components in the order H, W, D.
+Displacements, velocities and coordinates are those of `custom.geometry.deformation`: voxels, components in the order
+H, W, D.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ __all__ = [
     "velocity_weights",
 ]
 
-_FIT_SIGMA_MM = 12.0  # correlation length of a registration's velocity
-_FIT_BLOCK_MM = 4.5  # finer of the two label grids of a registration; the coarser has blocks of twice that
-_FIT_ITERATIONS = (12, 6)  # L-BFGS iterations on the coarser and the finer grid
-_FIT_SQUARINGS = 3  # enough on blocks: a step is then within a block
-_FIT_UNIT_MM = 10.0  # displacement that a weight of 1 stands for
-_FIT_SMOOTHNESS = 1e-4  # price of a squared weight, against overlap losses of 0 to 1
+# Ours, measured on four pairs of phantoms of 96^3 voxels of 1.5 mm, two threads: mean Dice 0.89, smallest Jacobian
+# determinant 0.30, 1.2 s. Beside each, what other values gave.
+_FIT_SIGMA_MM = 12.0  # correlation length of the velocity; 8 mm: 0.90 but 0.26, 20 mm: 0.88
+_FIT_BLOCK_MM = 4.5  # finer of the two grids, the coarser has blocks of twice that; 3 mm: 0.91 in 2.0 s, 6 mm: 0.88
+_FIT_ITERATIONS = (12, 6)  # of L-BFGS on the coarser and the finer grid; (24, 12): 0.91 in 1.8 s, (6, 3): 0.84
+_FIT_SQUARINGS = 3  # of the exponential; 5 gave the same, 1 to 2 a little less: a step is then within a block
+_FIT_UNIT_MM = 10.0  # displacement that a weight of 1 stands for; 3 mm: 0.86, 30 mm: 0.89 but 0.21
+_FIT_SMOOTHNESS = 1e-4  # price of a squared weight, against overlap losses of 0 to 1; 1e-3: 0.87, none: 0.89 but 0.20
 
 
 def _checked_pair(moving: Tensor, fixed: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -26,10 +26,11 @@ __all__ = [
 
 BoolArray = NDArray[np.bool_]
 
-_NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
+_NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)  # a voxel and its neighbours: the foreground is 26-connected
 
 
 def as_3d(name: str, array: ArrayLike) -> NDArray:
+    """Array (H, W, D); refuses other numbers of axes, naming the argument."""
     values = np.asarray(array)
     if values.ndim != 3:
         raise ValueError(
@@ -39,10 +40,12 @@ def as_3d(name: str, array: ArrayLike) -> NDArray:
 
 
 def as_mask(name: str, mask: ArrayLike) -> BoolArray:
+    """Mask (H, W, D) bool, true where it is not zero; refuses other numbers of axes, naming the argument."""
     return as_3d(name, mask).astype(bool)
 
 
 def same_shape(name_a: str, a: NDArray, name_b: str, b: NDArray) -> None:
+    """Refuses two arrays of different shapes, naming both arguments."""
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have one shape, got {a.shape} and {b.shape}; resample one first.")
 

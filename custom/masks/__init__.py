@@ -1,19 +1,7 @@
 """The mask generation module (MGM): new label maps that keep the topology of a reference."""
 
-from custom.masks.cases import generation_cases, unfinished
-from custom.masks.generator import Edits, Motion
-from custom.masks.summary import summarise_masks
+from custom.masks.cases import generation_cases, is_made
+from custom.masks.run import generate_masks
 from custom.masks.transforms import GenerateMaskd, PrepareMaskd, SaveMaskd
-from custom.volumes.anatomy import Label
 
-__all__ = [
-    "Edits",
-    "GenerateMaskd",
-    "Motion",
-    "PrepareMaskd",
-    "SaveMaskd",
-    "Label",
-    "generation_cases",
-    "summarise_masks",
-    "unfinished",
-]
+__all__ = ["GenerateMaskd", "PrepareMaskd", "SaveMaskd", "generate_masks", "generation_cases", "is_made"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from custom.volumes.cases import check_names
 
 RECORDS, MASKS, IMAGES, PREPARED = "records", "masks", "images", "prepared"
 
@@ -36,12 +35,9 @@ def generation_cases(
         raise ValueError(f"count must be at least 1, got {count}; it is the number of masks to make.")
     if neighbours < 0:
         raise ValueError(f"neighbours must not be negative, got {neighbours}.")
-    names = [case["case"] for case in references]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"references: file names must differ, {repeated} come more than once; rename them.")
+    check_names(references, "references")
     total = len(references)
-    prepared = [os.path.join(output_dir, PREPARED, f"{name}.nii.gz") for name in names]
+    prepared = [os.path.join(output_dir, PREPARED, f"{case['case']}.nii.gz") for case in references]
     cases = []
     for index in range(count):
         source = index % total
@@ -57,16 +53,12 @@ def generation_cases(
     return sorted(cases, key=lambda case: case["index"] % total)
 
 
-def unfinished(cases: Sequence[dict[str, Any]], output_dir: str) -> list[dict[str, Any]]:
-    """Cases that are still to be made: without record, or accepted but without the files."""
-    root, left = Path(output_dir), []
-    for case in cases:
-        record = root / RECORDS / f"{case['case']}.json"
-        folders = [MASKS, IMAGES][: 1 + ("image" in case)]
-        files = [root / folder / f"{case['case']}.nii.gz" for folder in folders]
-        done = record.exists() and (
-            not json.loads(record.read_text())["accepted"] or all(file.exists() for file in files)
-        )
-        if not done:
-            left.append(case)
-    return left
+def is_made(case: Mapping[str, Any], output_dir: str) -> bool:
+    """Whether a mask has a record, and its files where it was accepted."""
+    root = Path(output_dir)
+    record = root / RECORDS / f"{case['case']}.json"
+    folders = [MASKS, IMAGES][: 1 + ("image" in case)]
+    return record.exists() and (
+        not json.loads(record.read_text())["accepted"]
+        or all((root / folder / f"{case['case']}.nii.gz").exists() for folder in folders)
+    )

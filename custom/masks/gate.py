@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from scipy import ndimage
 from custom.geometry.topology import BoolArray, betti_numbers, bounding_box, components_touching, contact_areas
 from custom.masks.preparation import dice
 from custom.volumes.anatomy import Label
+from custom.volumes.gate import Gate
 
 __all__ = ["MaskMeasures", "MaskGate", "measure_mask", "rejections", "wall_thickness_mm"]
 
 
 @dataclass(frozen=True)
-class MaskGate:
+class MaskGate(Gate):
     """Limits of acceptance; None switches one off. Betti numbers and attachments are no option: they are always kept.
 
     Attributes:
@@ -41,30 +42,10 @@ class MaskGate:
     min_contact_mm2: float | None = 50.0
     max_repaired: float | None = 0.02
 
-    @classmethod
-    def from_config(cls, rules: Mapping[str, Any]) -> MaskGate:
-        """MaskGate from a config dictionary; those not named keep their default.
-
-        Raises:
-            ValueError: naming an unknown rule and all that exist, or a range that is none.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(rules) - set(known))
-        if unknown:
-            raise ValueError(f"rules: {unknown} do not exist; the rules are {known}")
-        for name, value in rules.items():
-            pair = isinstance(value, Sequence) and len(value) == 2 and 0 <= value[0] < value[1]
-            if name.endswith("_ratio") and value is not None and not pair:
-                raise ValueError(f"rules: {name} must be [lowest, highest] or null, got {value}")
-            if not name.endswith("_ratio") and value is not None and not isinstance(value, (int, float)):
-                raise ValueError(f"rules: {name} must be a number or null, got {value}")
-        limits: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in rules.items()}
-        return cls(**limits)
-
 
 @dataclass(frozen=True)
 class MaskMeasures:
-    """Measures of a label map that rules compare; label id -> value.
+    """Measures of a label map that a gate compares; label id -> value.
 
     Attributes:
         betti: (b0, b1, b2).
@@ -131,15 +112,15 @@ def rejections(
     new: MaskMeasures,
     source: MaskMeasures,
     structures: Mapping[int, Label],
-    rules: MaskGate,
+    gate: MaskGate,
     measured: Mapping[str, Any],
 ) -> list[str]:
-    """Every rule that a new label map breaks, with the value and the limit; empty when it may be written.
+    """Every limit that a new label map breaks, with the value and the limit; empty when it may be written.
 
     Args:
         new, source: measures of the new map and of its prepared source.
         structures: what each label is meant to be.
-        rules: the limits.
+        gate: the limits.
         measured: "det_jacobian" (smallest), "dice" (highest to any reference), "repaired" {label: share} and
             "vessel_volume_ratio" {label: volume over that of its carried centre lines}.
     """
@@ -154,21 +135,21 @@ def rejections(
                 broken.append(
                     f"touches: {pieces} pieces of label {k} ({structures[k].name}) do not touch label {other}"
                 )
-    if rules.min_det_jacobian is not None and measured["det_jacobian"] < rules.min_det_jacobian:
-        broken.append(f"min_det_jacobian: {measured['det_jacobian']:.3f}, at least {rules.min_det_jacobian}")
-    if rules.max_dice is not None and measured["dice"] > rules.max_dice:
-        broken.append(f"max_dice: {measured['dice']:.3f} to a reference, at most {rules.max_dice}")
+    if gate.min_det_jacobian is not None and measured["det_jacobian"] < gate.min_det_jacobian:
+        broken.append(f"min_det_jacobian: {measured['det_jacobian']:.3f}, at least {gate.min_det_jacobian}")
+    if gate.max_dice is not None and measured["dice"] > gate.max_dice:
+        broken.append(f"max_dice: {measured['dice']:.3f} to a reference, at most {gate.max_dice}")
     ratios: list[tuple[str, Mapping[int, float], tuple[float, float] | None]] = [
         (
             "volume_ratio",
             {k: new.volume_mm3.get(k, 0.0) / v for k, v in source.volume_mm3.items() if not structures[k].thin},
-            rules.volume_ratio,
+            gate.volume_ratio,
         ),
-        ("vessel_volume_ratio", measured["vessel_volume_ratio"], rules.vessel_volume_ratio),
+        ("vessel_volume_ratio", measured["vessel_volume_ratio"], gate.vessel_volume_ratio),
         (
             "wall_thickness_ratio",
             {k: new.thickness_mm.get(k, 0.0) / v for k, v in source.thickness_mm.items()},
-            rules.wall_thickness_ratio,
+            gate.wall_thickness_ratio,
         ),
     ]
     for name, values, limits in ratios:
@@ -176,11 +157,9 @@ def rejections(
             if limits is not None and _outside(value, limits):
                 broken.append(f"{name}: label {k} ({structures[k].name}) has {value:.2f}, allowed {list(limits)}")
     for k, share in measured["repaired"].items():
-        if rules.max_repaired is not None and share > rules.max_repaired:
-            broken.append(
-                f"max_repaired: {share:.4f} of label {k} ({structures[k].name}), at most {rules.max_repaired}"
-            )
-    return broken + _changed_contacts(new, source, structures, rules.min_contact_mm2)
+        if gate.max_repaired is not None and share > gate.max_repaired:
+            broken.append(f"max_repaired: {share:.4f} of label {k} ({structures[k].name}), at most {gate.max_repaired}")
+    return broken + _changed_contacts(new, source, structures, gate.min_contact_mm2)
 
 
 def _changed_contacts(

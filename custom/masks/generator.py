@@ -1,7 +1,7 @@
 """The mask generation module (MGM), new label maps that keep the topology of a reference. Ours.
 
 A reference is deformed by a diffeomorphism: its walls as signed distances, its vessels as centre lines that are drawn
-again. What comes out is compared with the reference by `custom.acceptance`; what breaks a rule is drawn anew, milder.
+again. What comes out is compared with the reference by `custom.acceptance`; what breaks a limit is drawn anew, milder.
 """
 
 from __future__ import annotations
@@ -28,77 +28,19 @@ from custom.geometry.registration import velocity_of_weights
 from custom.geometry.topology import BoolArray, betti_numbers, fill_cavities, largest_components
 from custom.geometry.vessels import VesselTree, carry, draw, prune, tree_length_mm, tree_volume_mm3
 from custom.masks.gate import MaskGate, mean_dice, measure_mask, rejections
-from custom.masks.motion import carry_points, confine, mixture_coefficients
+from custom.masks.motion import Edits, Motion, carry_points, confine, mixture_coefficients
 from custom.masks.preparation import LabelMap, without_handles
 from custom.masks.reference import Neighbour, Reference, fill_nearest
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Edits", "Generated", "MaskGenerator", "Motion", "NotAcceptedError"]
+__all__ = ["Generated", "MaskGenerator", "NotAcceptedError"]
 
-_REPAIR_PASSES = 3
+_REPAIR_PASSES = 3  # ours: what one repair spoils next to it is mended by the second; a third changes nothing
 
 
 class NotAcceptedError(RuntimeError):
-    """No draw of a mask was accepted; the message says which rule each draw broke and what to relax."""
-
-
-@dataclass(frozen=True)
-class Motion:
-    """How far new anatomies are moved.
-
-    Attributes:
-        coarse_mm, coarse_sigma_mm: RMS length and correlation length of the larger random field.
-        fine_mm, fine_sigma_mm: of the finer one.
-        mixture_scale: factor of the registrations to other references; 0 leaves them out.
-        margin_mm: from here on, motion fades towards the faces of the grid (`custom.masks.motion.confine`).
-        shrink: factor of all motion after each rejection.
-        retries: how often a rejected mask is drawn anew.
-    """
-
-    coarse_mm: float = 8.0
-    coarse_sigma_mm: float = 30.0
-    fine_mm: float = 2.0
-    fine_sigma_mm: float = 12.0
-    mixture_scale: float = 1.0
-    margin_mm: float = 20.0
-    shrink: float = 0.75
-    retries: int = 6
-
-    def __post_init__(self) -> None:
-        for name in ("coarse_mm", "fine_mm", "mixture_scale", "margin_mm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"motion: {name} must not be negative, got {getattr(self, name)}.")
-        for name in ("coarse_sigma_mm", "fine_sigma_mm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"motion: {name} must be positive, got {getattr(self, name)}.")
-        if not 0 < self.shrink <= 1 or self.retries < 0:
-            raise ValueError(
-                f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}."
-            )
-
-
-@dataclass(frozen=True)
-class Edits:
-    """Random changes of vessel trees; the defaults change nothing.
-
-    Attributes:
-        prune_probability, prune_max_length_mm: see `custom.geometry.vessels.prune`.
-        radius_range: lowest and highest factor of all radii of a label's vessels, drawn once a mask.
-    """
-
-    prune_probability: float = 0.0
-    prune_max_length_mm: float = 40.0
-    radius_range: tuple[float, float] = (1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prune_probability <= 1 or self.prune_max_length_mm < 0:
-            raise ValueError(
-                "edits: prune_probability must be 0 to 1 and prune_max_length_mm not negative, got "
-                f"{self.prune_probability} and {self.prune_max_length_mm}."
-            )
-        if len(self.radius_range) != 2 or not 0 < self.radius_range[0] <= self.radius_range[1]:
-            raise ValueError(f"edits: radius_range must be [lowest, highest] above 0, got {self.radius_range}.")
+    """No draw of a mask was accepted; the message says which limit each draw broke and what to relax."""
 
 
 @dataclass
@@ -130,7 +72,7 @@ class MaskGenerator:
     Args:
         reference: the source.
         neighbours: other references; none, one or more (see `custom.masks.motion.mixture_coefficients`).
-        motion, edits, rules: how far to move, how to change vessels, what to accept; None takes the defaults.
+        motion, edits, gate: how far to move, how to change vessels, what to accept; None takes the defaults.
     """
 
     def __init__(
@@ -140,10 +82,10 @@ class MaskGenerator:
         *,
         motion: Motion | None = None,
         edits: Edits | None = None,
-        rules: MaskGate | None = None,
+        gate: MaskGate | None = None,
     ) -> None:
         self.reference, self.neighbours = reference, list(neighbours)
-        self.motion, self.edits, self.rules = motion or Motion(), edits or Edits(), rules or MaskGate()
+        self.motion, self.edits, self.gate = motion or Motion(), edits or Edits(), gate or MaskGate()
 
     def __call__(self, seed: Sequence[int]) -> Generated:
         """Draws until a label map is accepted.
@@ -168,7 +110,7 @@ class MaskGenerator:
         reasons = "; ".join(f"scale {a['scale']:.2f}: {', '.join(a['rejected'])}" for a in attempts)
         raise NotAcceptedError(
             f"no mask accepted for seed {tuple(seed)} after {len(attempts)} draws ({reasons}); lower the amplitudes of "
-            "`motion`, allow more retries, or relax the rule that is named most often in `rules`"
+            "`motion`, allow more retries, or relax the limit that is named most often in `gate`"
         )
 
     def draw_velocity(self, seed: Sequence[int], attempt: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -262,7 +204,7 @@ class MaskGenerator:
                 candidate.repaired[k] = changed
 
     def _judge(self, candidate: _Candidate, displacement: torch.Tensor) -> tuple[list[str], dict[str, Any]]:
-        """Broken rules and the measures for the record."""
+        """Broken limits and the measures for the record."""
         reference, new = self.reference, candidate.label_map
         anatomy = measure_mask(new, reference.structures, reference.spacing_mm)
         others = [reference.label_map, *(neighbour.label_map for neighbour in self.neighbours)]
@@ -276,7 +218,7 @@ class MaskGenerator:
             "repaired": candidate.repaired,
             "vessel_volume_ratio": {k: v["volume_ratio"] for k, v in candidate.vessels.items()},
         }
-        broken = rejections(anatomy, reference.anatomy, reference.structures, self.rules, measured)
+        broken = rejections(anatomy, reference.anatomy, reference.structures, self.gate, measured)
         record = {
             "min_det_jacobian": det,
             "dice_to_references": dices,

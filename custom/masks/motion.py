@@ -1,18 +1,93 @@
-"""Velocity fields of new anatomies: mixtures of registrations and what keeps them inside the grid (torch).
+"""How new anatomies move: the options, mixtures of registrations, and what keeps them inside the grid.
 
 Velocities are those of `custom.deformation`: (B, 3, H, W, D) in voxels, components in the order H, W, D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from custom.geometry.deformation import check_spacing, check_volume, sample
 
-__all__ = ["carry_points", "confine", "mixture_coefficients"]
+__all__ = ["Edits", "Motion", "carry_points", "confine", "from_options", "mixture_coefficients"]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How far new anatomies are moved.
+
+    Attributes:
+        coarse_mm, coarse_sigma_mm: RMS length and correlation length of the larger random field.
+        fine_mm, fine_sigma_mm: of the finer one.
+        mixture_scale: factor of the registrations to other references; 0 leaves them out.
+        margin_mm: from here on, motion fades towards the faces of the grid (`custom.masks.motion.confine`).
+        shrink: factor of all motion after each rejection.
+        retries: how often a rejected mask is drawn anew.
+    """
+
+    coarse_mm: float = 8.0
+    coarse_sigma_mm: float = 30.0
+    fine_mm: float = 2.0
+    fine_sigma_mm: float = 12.0
+    mixture_scale: float = 1.0
+    margin_mm: float = 20.0
+    shrink: float = 0.75
+    retries: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("coarse_mm", "fine_mm", "mixture_scale", "margin_mm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"motion: {name} must not be negative, got {getattr(self, name)}.")
+        for name in ("coarse_sigma_mm", "fine_sigma_mm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"motion: {name} must be positive, got {getattr(self, name)}.")
+        if not 0 < self.shrink <= 1 or self.retries < 0:
+            raise ValueError(
+                f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}."
+            )
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Random changes of vessel trees; the defaults change nothing.
+
+    Attributes:
+        prune_probability, prune_max_length_mm: see `custom.geometry.vessels.prune`.
+        radius_range: lowest and highest factor of all radii of a label's vessels, drawn once a mask.
+    """
+
+    prune_probability: float = 0.0
+    prune_max_length_mm: float = 40.0
+    radius_range: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_probability <= 1 or self.prune_max_length_mm < 0:
+            raise ValueError(
+                "edits: prune_probability must be 0 to 1 and prune_max_length_mm not negative, got "
+                f"{self.prune_probability} and {self.prune_max_length_mm}."
+            )
+        if len(self.radius_range) != 2 or not 0 < self.radius_range[0] <= self.radius_range[1]:
+            raise ValueError(f"edits: radius_range must be [lowest, highest] above 0, got {self.radius_range}.")
+
+
+Kind = TypeVar("Kind", Motion, Edits)
+
+
+def from_options(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kind:
+    """Motion or edits from a config dictionary; what is not named keeps its default.
+
+    Raises:
+        ValueError: naming an unknown option and all that exist, or what is out of range.
+    """
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"{name}: {unknown} do not exist; the options are {known}")
+    return kind(**options)
 
 
 def confine(velocity: Tensor, *, spacing_mm: Sequence[float], margin_mm: float) -> Tensor:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
-from custom.masks.transforms import label_map_of
-from custom.runs.files import replace_file, write_json
+from custom.runs.files import write_json, write_table
 from custom.runs.tracking import log_run
-from custom.volumes.pictures import save_mask_sheet
+from custom.volumes.pictures import read_ras, save_mask_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +33,20 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=columns)
-            table.writeheader()
-            table.writerows(rows)
-
-    replace_file(path, write)
-
-
 def _write_pictures(root: Path, records: Sequence[Mapping[str, Any]], vessel_labels: Sequence[int]) -> Path:
-    read = Compose([LoadImage(), EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
     files = [(f"reference {path.name}", path) for path in sorted((root / PREPARED).glob("*.nii.gz"))[:2]]
     files += [(r["case"], root / MASKS / f"{r['case']}.nii.gz") for r in records[:6]]
     path = root / "pictures" / "masks.png"
-    save_mask_sheet(path, [(title, label_map_of(read(file))) for title, file in files], vessel_labels=vessel_labels)
+    save_mask_sheet(path, [(title, read_ras(file).round()) for title, file in files], vessel_labels=vessel_labels)
     return path
 
 
 def summarise_masks(
-    *, output_dir: str, provenance: Mapping[str, Any], vessel_labels: Sequence[int], tracking_uri: str
+    *,
+    output_dir: str,
+    provenance: Mapping[str, Any],
+    vessel_labels: Sequence[int],
+    tracking_uri: str | Callable[[], str],
 ) -> dict[str, float]:
     """Write `summary.csv`, `pictures/masks.png`, an MLflow run and, last, `datalist.json` from all records of a run.
 
@@ -66,7 +54,7 @@ def summarise_masks(
         output_dir: of the run.
         provenance: what `claim_folder` returned; becomes part of the datalist. "with_image" tells whether there are.
         vessel_labels: ids of the projection in the pictures.
-        tracking_uri: of MLflow.
+        tracking_uri: of MLflow, or a function that gives it.
 
     Returns:
         measures of the run: "requested", "accepted", "accepted_at_once", "mean_retries".
@@ -77,7 +65,7 @@ def summarise_masks(
     root = Path(output_dir)
     records = [json.loads(path.read_text()) for path in sorted((root / RECORDS).glob("*.json"))]
     accepted = [record for record in records if record["accepted"]]
-    _write_table(root / "summary.csv", [_row(record) for record in records])
+    write_table(root / "summary.csv", [_row(record) for record in records])
     retries = [record["retries"] for record in accepted]
     measures = {
         "requested": float(len(records)),

@@ -16,7 +16,8 @@ from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleT
 from custom.geometry.deformation import identity_coordinates
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
 from custom.masks.gate import MaskGate
-from custom.masks.generator import Edits, Generated, MaskGenerator, Motion, NotAcceptedError
+from custom.masks.generator import Generated, MaskGenerator, NotAcceptedError
+from custom.masks.motion import Edits, Motion, from_options
 from custom.masks.preparation import LabelMap, prepare_label_map
 from custom.masks.reference import Neighbour, Reference, register_neighbour
 from custom.runs.files import content_hash, replace_file, write_json
@@ -33,13 +34,13 @@ class PrepareMaskd(Transform):
     """Bring `label` (1, H, W, D) towards its intended topology and write what changed as `prepared/<case>.json`.
 
     Args:
-        structures: label id (a number or its text) -> what it is meant to be.
+        structures: label id -> what it is meant to be.
         smoothing_mm: see `custom.masks.preparation.prepare_label_map`.
         output_dir: of the run.
     """
 
-    def __init__(self, structures: Mapping[Any, Label], *, smoothing_mm: float, output_dir: str) -> None:
-        self.structures, self.smoothing_mm = by_number(structures), smoothing_mm
+    def __init__(self, structures: Mapping[int, Label], *, smoothing_mm: float, output_dir: str) -> None:
+        self.structures, self.smoothing_mm = dict(structures), smoothing_mm
         self.output_dir = Path(output_dir)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -61,25 +62,6 @@ class PrepareMaskd(Transform):
         content = {"source": file_of(label), "absent": absent, "labels": {str(k): row for k, row in report.items()}}
         write_json(self.output_dir / PREPARED / f"{data['case']}.json", content)
         return {**data, "label": MetaTensor(torch.from_numpy(prepared)[None], meta=label.meta)}
-
-
-def by_number(structures: Mapping[Any, Label]) -> dict[int, Label]:
-    """Structures of a config, whose keys are texts, by label id.
-
-    Raises:
-        ValueError: when a key is no label id from 1 to 255, or a structure must touch an id that is not described.
-    """
-    try:
-        numbered = {int(k): s for k, s in structures.items()}
-    except ValueError as error:
-        raise ValueError(f"structures: keys must be label ids, got {list(structures)} ({error})") from error
-    for k, structure in numbered.items():
-        if not 1 <= k <= 255:
-            raise ValueError(f"structures: label ids must be 1 to 255, got {k}.")
-        unknown = [other for other in structure.touches if other not in numbered]
-        if unknown:
-            raise ValueError(f"structures: {structure.name} must touch {unknown}, of which no structure is described.")
-    return numbered
 
 
 def label_map_of(volume: torch.Tensor) -> LabelMap:
@@ -104,32 +86,33 @@ class GenerateMaskd(Transform):
     A rejected item keeps its `label` and has `record["accepted"]` False.
 
     Args:
-        structures: label id (a number or its text) -> what it is meant to be.
+        structures: label id -> what it is meant to be.
         seed: of the run; a mask depends on it, its `index` and the content of its source and neighbours alone.
-        motion, edits: how far to move, how to change vessels.
-        rules: limits of acceptance by name, see `custom.masks.gate.MaskGate`.
+        motion, edits: how far to move, how to change vessels, by name: `Motion` and `Edits` of the generator.
+        gate: limits of acceptance by name, see `custom.masks.gate.MaskGate`.
         cache_dir: registrations are kept here, by the content of both label maps.
         with_image: also deform `image`, the file of the source's image; adds it as `image`.
 
     Raises:
-        ValueError: on an unknown rule or structure, and on a negative seed.
+        ValueError: on an unknown limit or option, and on a negative seed.
     """
 
     def __init__(
         self,
-        structures: Mapping[Any, Label],
+        structures: Mapping[int, Label],
         *,
         seed: int,
-        motion: Motion,
-        edits: Edits,
-        rules: Mapping[str, Any],
+        motion: Mapping[str, Any],
+        edits: Mapping[str, Any],
+        gate: Mapping[str, Any],
         cache_dir: str,
         with_image: bool = False,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
-        self.structures, self.seed, self.motion, self.edits = by_number(structures), seed, motion, edits
-        self.rules, self.cache_dir, self.with_image = MaskGate.from_config(rules), Path(cache_dir), with_image
+        self.structures, self.seed, self.motion = dict(structures), seed, from_options(Motion, "motion", motion)
+        self.edits = from_options(Edits, "edits", edits)
+        self.gate, self.cache_dir, self.with_image = MaskGate.from_config(gate), Path(cache_dir), with_image
         self.orient = Compose([EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
         self._source: tuple[str, MaskGenerator] | None = None
 
@@ -161,7 +144,7 @@ class GenerateMaskd(Transform):
                 neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            generator = MaskGenerator(reference, neighbours, motion=self.motion, edits=self.edits, rules=self.rules)
+            generator = MaskGenerator(reference, neighbours, motion=self.motion, edits=self.edits, gate=self.gate)
             self._source = (name, generator)
         return self._source[1]
 

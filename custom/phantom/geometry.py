@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
+from scipy.spatial.transform import Rotation
+
+from custom.geometry.cones import lower_to_cones
 
 Array = NDArray[np.float32]
+# Ours, of the drawn heart: the field of view that holds it with its great vessels in life size, and the model position
+# that lies in the centre of the volume, about their middle.
 MODEL_FOV_MM = 172.0
 MODEL_CENTRE = np.array([23.0, -13.0, 27.0])
-FAR = 30.0
+FAR = 30.0  # mm; ours: beyond all distances that shape a tissue (25 mm, the fat around the heart)
 
 
 class Frame:
@@ -29,7 +34,7 @@ class Frame:
         self.scale = min(1.0, min(shape) * spacing_mm / MODEL_FOV_MM) * rng.uniform(0.95, 1.0)
         self.stretch = rng.normal(1.0, 0.025, 3).clip(0.95, 1.05)
         angles = np.deg2rad(rng.normal(0.0, 3.0, 3).clip(-6, 6))
-        self.rotation = _rotation(angles)
+        self.rotation = Rotation.from_euler("xyz", angles).as_matrix()
         lengths = rng.uniform(60.0, 140.0, 8) * self.scale
         directions = rng.normal(size=(8, 3))
         self.k = 2 * np.pi * directions / np.linalg.norm(directions, axis=1, keepdims=True) / lengths[:, None]
@@ -72,19 +77,14 @@ class Frame:
         return np.asarray(world) / self.h + (np.array(self.shape) - 1) / 2
 
 
-def _rotation(angles: NDArray) -> NDArray[np.float64]:
-    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    rx = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    ry = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    return np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]) @ ry @ rx
-
-
 def unit(v: Any) -> NDArray[np.float64]:
+    """Vector of length 1 in the direction of `v` (3,), which must not be zero."""
     v = np.asarray(v, dtype=np.float64)
     return v / np.linalg.norm(v)
 
 
 def dot(grid: list[Array], centre: Any, direction: Any) -> Array:
+    """Coordinate of every voxel along a direction (3,), from a centre (3,)."""
     x, y, z = ((grid[i] - np.float32(centre[i])) * np.float32(direction[i]) for i in range(3))
     return x + y + z
 
@@ -104,6 +104,7 @@ def smooth_min(a: Array, b: Array, k: float) -> Array:
 
 
 def smooth_max(a: Array, b: Array, k: float) -> Array:
+    """Polynomial smooth intersection with blending width k."""
     return -smooth_min(-a, -b, k)
 
 
@@ -124,25 +125,16 @@ def spline(points: NDArray, values: NDArray, step_mm: float) -> tuple[NDArray, N
 
 
 def curve_length(points: NDArray) -> float:
+    """Length of a curve through points (N, 3), in their unit; 0 of a single point."""
     return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
 
 
 def draw_tube(frame: Frame, points: NDArray, radii: NDArray, *, out: Array | None = None, reach: float = 9.0) -> Array:
     """Signed distance to a chain of cones (world mm), computed only within `reach` of it; FAR elsewhere."""
     out = np.full(frame.shape, FAR, np.float32) if out is None else out
-    limit = np.array(frame.shape)
-    for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
-        pad = max(ra, rb) + reach
-        lo = np.clip(np.floor(frame.to_index(np.minimum(a, b) - pad)), 0, limit).astype(int)
-        hi = np.clip(np.ceil(frame.to_index(np.maximum(a, b) + pad)) + 1, 0, limit).astype(int)
-        if (hi <= lo).any():
-            continue
-        box = tuple(slice(i, j) for i, j in zip(lo, hi, strict=True))
-        ab = b - a
-        x, y, z = np.ix_(*(frame.axes[i][box[i]] - np.float32(a[i]) for i in range(3)))
-        u = np.clip((x * ab[0] + y * ab[1] + z * ab[2]) / max(float(ab @ ab), 1e-6), 0, 1).astype(np.float32)
-        d = np.sqrt((x - u * ab[0]) ** 2 + (y - u * ab[1]) ** 2 + (z - u * ab[2]) ** 2) - (ra + u * (rb - ra))
-        np.minimum(out[box], d, out=out[box])
+    links = np.stack([np.arange(len(points) - 1), np.arange(1, len(points))], 1)
+    origin = [(n - 1) / 2 for n in frame.shape]
+    lower_to_cones(out, points, radii, links, spacing_mm=(frame.h,) * 3, origin_voxels=origin, reach_mm=reach)
     return out
 
 

@@ -1,6 +1,6 @@
 """Heart chambers and great vessels of the cardiac CT phantom: measures and signed distances.
 
-See `custom.phantom_geometry` for model and world millimetres.
+See `custom.phantom.geometry` for model and world millimetres.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from custom.phantom.geometry import Array, Frame, carve, dot, draw_tube, ellipsoid, smooth_max, smooth_min, spline, unit
 
-# Points of vessels in model mm; radii in model mm. Jittered per subject.
+# Centre lines and radii in model mm, jittered per subject. The courses are ours, drawn by hand; widths are near those
+# of adults in CT: aorta 33 and 24 mm, ascending and descending (Wolak et al. 2008), pulmonary trunk 25 mm (Truong et
+# al. 2012).
 TUBES: dict[str, tuple[Sequence[Sequence[float]], Sequence[float]]] = {
     "aorta": (
         [[38, 4, 21], [42, 5, 32], [45, 4, 44], [50, 4, 62], [50, -2, 80], [42, -20, 96], [29, -45, 97], [20, -64, 84]]
@@ -44,6 +46,8 @@ TUBES: dict[str, tuple[Sequence[Sequence[float]], Sequence[float]]] = {
     "bronchus": ([[52, -46, 86], [66, -50, 76], [84, -54, 62], [96, -60, 44]], [7.0, 6.0, 5.0, 3.5]),
     "oesophagus": ([[44, -60, 130], [42, -66, 60], [40, -70, 20], [30, -62, -40], [20, -40, -75]], [6.5] * 5),
 }
+# Ours, drawn: centre and base plane of the left ventricle along its axis, which points to the apex; the plane between
+# right atrium and right ventricle. Model mm.
 LV_CENTRE_T, LV_BASE_T = -12.0, -33.0
 VALVE_POINT, VALVE_NORMAL = np.array([46.0, 20.0, 0.0]), unit([-0.78, 0.58, -0.22])
 

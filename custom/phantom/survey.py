@@ -21,6 +21,7 @@ class Outside:
         self.frame, self.distance = frame, distance
 
     def __call__(self, world: NDArray) -> NDArray[np.float64]:
+        """Distance (N,) in mm at world points (N, 3), linear between voxels."""
         return ndimage.map_coordinates(self.distance, self.frame.to_index(world).T, order=1, mode="nearest")
 
     def normal(self, world: NDArray) -> NDArray[np.float64]:

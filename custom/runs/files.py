@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 
 def part_of(path: Path) -> Path:
     """Hidden neighbour to write to; no two processes share one, also of machines that share a folder."""
@@ -18,19 +20,35 @@ def part_of(path: Path) -> Path:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it.
+
+    Raises:
+        OSError: naming the file, when the disk is full or the folder cannot be written.
+    """
     part = part_of(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"{reason}; nothing was written, make room or change the folder", str(path)
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON atomically, one space deep."""
     replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV atomically: a column for every key, as they appear; cells of what is absent or NaN stay empty."""
+    table = pd.DataFrame(list(rows), dtype=object)  # else whole numbers beside an empty cell would get a fraction
+    replace_file(path, lambda part: table.to_csv(part, index=False, lineterminator="\r\n"))  # RFC 4180
 
 
 def content_hash(*parts: bytes) -> str:

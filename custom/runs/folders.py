@@ -7,11 +7,12 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
-from custom.runs.files import content_hash, plain_values, write_json
+from custom.runs.files import content_hash, file_hashes, plain_values, write_json
 
 logger = logging.getLogger(__name__)
 _LOCKS: dict[str, TextIO] = {}
@@ -100,3 +101,77 @@ def unlock_folder(output_dir: str, shard: int = 0) -> None:
     file = _LOCKS.pop(str(Path(output_dir).resolve() / f".shard_{shard}.lock"), None)
     if file is not None:
         file.close()
+
+
+NO_OPTIONS = ("finalize", "imports", "initialize", "run", "versions")
+PLACES = ("bundle_root", "ckpt_dir", "dataset_dir", "device", "num_workers", "output_dir", "shard", "shards", "workers")
+"""Options that say where and by how many processes a run is made, not what comes out of it."""
+
+
+def run_options(resolved: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Top-level options of a config: all values that JSON can hold, but for places and names to leave out.
+
+    Args:
+        resolved: id -> value of all that MONAI's `ConfigParser` has resolved so far; `$__local_refs` in a config. What
+            a run is made of is resolved before the run begins.
+        leave_out: further names: what only says where inputs lie, whose content is recorded instead.
+
+    Returns:
+        name -> value as JSON gives it back.
+    """
+    names = sorted(set(resolved) - {*NO_OPTIONS, *PLACES, *leave_out})
+    top_level = [name for name in names if "::" not in name and not name.startswith("_")]
+    return {name: plain_values(resolved[name]) for name in top_level if _is_plain(resolved[name])}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+class RunFolder:
+    """The folder of one run: claimed when everything is checked and work begins, locked until it ends.
+
+    As a context it gives the provenance: what the folder's record holds.
+
+    Args:
+        output_dir: a new or empty folder, or one that the same run began.
+        record: name of the JSON file in it that says what the run is.
+        resolved, leave_out: of :func:`run_options`.
+        inputs: name -> dictionaries of files whose content determines the results.
+        known: more of the provenance: program, version.
+        shard: number of the part of the run that this process does.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        *,
+        record: str,
+        resolved: Mapping[str, Any],
+        leave_out: Sequence[str],
+        inputs: Mapping[str, Sequence[Mapping[str, Any]]],
+        known: Mapping[str, Any],
+        shard: int = 0,
+    ) -> None:
+        self.output_dir, self.record, self.resolved, self.leave_out = output_dir, record, resolved, leave_out
+        self.inputs, self.known, self.shard = inputs, known, shard
+
+    def __enter__(self) -> dict[str, Any]:
+        """Claim and lock.
+
+        Raises:
+            ValueError, RuntimeError: as :func:`claim_folder` and :func:`lock_folder`.
+        """
+        options = run_options(self.resolved, [*self.leave_out, *self.inputs])
+        inputs = {name: file_hashes(cases, ["image", "label", "file"]) for name, cases in self.inputs.items()}
+        provenance = {**self.known, **inputs, **options}
+        claimed = claim_folder(self.output_dir, name=self.record, provenance=provenance)
+        lock_folder(self.output_dir, self.shard)
+        return claimed
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unlock_folder(self.output_dir, self.shard)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +31,7 @@ def tracking_store(output_dir: str | os.PathLike) -> str:
 
 
 def log_run(
-    tracking_uri: str,
+    tracking_uri: str | Callable[[], str],
     output_dir: str | os.PathLike,
     *,
     run_name: str,
@@ -42,14 +42,14 @@ def log_run(
     """Log what a stage without an engine made as one MLflow run; artifacts are kept in the output folder.
 
     Args:
-        tracking_uri: of MLflow.
+        tracking_uri: of MLflow, or a function that gives it: a store is made only when there is something to log.
         output_dir: of the stage; else artifacts would go to the folder of the caller.
         run_name: of the run.
         params, metrics: numbers that are not finite are left out.
         artifacts: files to copy.
     """
     # A client, not mlflow's global state: that is also the environment's, and MONAI's handler heeds it first.
-    client = mlflow.MlflowClient(tracking_uri)
+    client = mlflow.MlflowClient(tracking_uri() if callable(tracking_uri) else tracking_uri)
     known = client.get_experiment_by_name(EXPERIMENT)
     place = (Path(output_dir) / "mlartifacts").resolve().as_uri()
     experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, artifact_location=place)

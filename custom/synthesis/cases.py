@@ -12,21 +12,24 @@ import numpy as np
 from monai.transforms import LoadImage, MapLabelValue
 
 from custom.runs.files import content_hash, file_hash
-from custom.volumes.cases import case_name, check_files
+from custom.volumes.cases import case_name, check_files, check_names
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ("source", "nearest", "random", "all")
 
 
-def _label_mapper(label_mapping: Mapping[str, Sequence[int]]) -> MapLabelValue:
-    return MapLabelValue(label_mapping["from"], label_mapping["to"], dtype=np.int64)
+def renumbered(ids: np.ndarray, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Label ids with "from" replaced by "to", int64; others stay."""
+    if not label_mapping["from"]:  # which MONAI refuses
+        return ids.astype(np.int64)
+    return np.asarray(MapLabelValue(label_mapping["from"], label_mapping["to"], dtype=np.int64)(ids))
 
 
 def _volumes(path: str, num_labels: int, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
     """Volume of each label in ml; ids beyond the map are left out."""
     volume = LoadImage()(path)
-    ids = np.asarray(_label_mapper(label_mapping)(volume.numpy()))
+    ids = renumbered(volume.numpy(), label_mapping)
     counts = np.bincount(ids.ravel().clip(0), minlength=num_labels)
     return counts[1:num_labels] * float(volume.pixdim.prod()) / 1000
 
@@ -99,10 +102,7 @@ def synthesis_cases(
         for template in chosen:
             case = {"label": mask["label"], "case": f"{name}_from_{case_name(template['image'])}"}
             cases.append(case | {"template_image": template["image"], "template_label": template["label"]})
-    names = [case["case"] for case in cases]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise ValueError(f"masks and templates: file names must differ, they give {repeated} more than once")
+    check_names(cases, "masks and templates")
     return cases
 
 
@@ -127,19 +127,6 @@ def record_of(output_dir: str, case: Mapping[str, Any]) -> dict[str, Any] | None
     return content
 
 
-def incomplete(
-    cases: Sequence[dict[str, Any]], output_dir: str, *, shard: int = 0, shards: int = 1
-) -> list[dict[str, Any]]:
-    """Cases of one process that are still to be made, or have to be made again because a file was damaged.
-
-    Args:
-        cases: all of the run.
-        output_dir: of the run, shared by all processes.
-        shard, shards: number of the process, from 0, and of processes; each takes every `shards`-th case.
-
-    Raises:
-        ValueError: when there is no such shard.
-    """
-    if not 0 <= shard < shards:
-        raise ValueError(f"shard: must be 0 to {shards - 1} of {shards} shards, got {shard}")
-    return [case for case in cases[shard::shards] if record_of(output_dir, case) is None]
+def is_whole(case: Mapping[str, Any], output_dir: str) -> bool:
+    """Whether a case is complete and undamaged, see :func:`record_of`."""
+    return record_of(output_dir, case) is not None

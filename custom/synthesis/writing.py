@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
 from monai.transforms import LoadImage, Transform
 
 from custom.evaluation.gate import ImageGate, examine, rejections
-from custom.runs.files import file_hash, replace_file, write_json
-from custom.synthesis.cases import _label_mapper, record_of
+from custom.runs.files import file_hash, write_json
+from custom.runs.folders import RunFolder
+from custom.synthesis.cases import record_of, renumbered
 from custom.volumes.grids import as_batch
-from custom.volumes.writing import SaveVolumed
+from custom.volumes.writing import write_volume
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class SaveSyntheticd(Transform):
     def __init__(
         self, *, output_dir: str, cases: Sequence[Mapping[str, Any]], label_mapping: Mapping[str, Sequence[int]]
     ) -> None:
-        self.root, self.renumber = Path(output_dir), _label_mapper(label_mapping)
+        self.root, self.label_mapping = Path(output_dir), label_mapping
         self.sources = {case["case"]: dict(case) for case in cases}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -74,13 +75,12 @@ class SaveSyntheticd(Transform):
         case, place = data["case"], REJECTED if data["rejected"] else ACCEPTED
         files = {"image": f"{place}images/{case}.nii.gz", "confidence": f"{place}confidence/{case}.nii.gz"}
         files["label"] = f"{place}labels/{case}.nii.gz"
-        SaveVolumed("pred", output_dir=str(self.root / place / "images"))(data)
-        SaveVolumed("confidence", output_dir=str(self.root / place / "confidence"), dtype="float32", digits=2)(data)
+        write_volume(self.root / files["image"], data["pred"], dtype="int16")
+        write_volume(self.root / files["confidence"], data["confidence"], dtype="float32", digits=2)
         source = self.sources[case]
         mask = LoadImage()(source["label"])
-        ids = np.asarray(self.renumber(mask.numpy())).astype(np.uint8)
-        label = nib.Nifti1Image(ids, mask.affine.numpy())
-        replace_file(self.root / files["label"], partial(nib.save, label))
+        ids = renumbered(mask.numpy(), self.label_mapping).astype(np.uint8)
+        write_volume(self.root / files["label"], MetaTensor(ids[None], affine=mask.affine), dtype="uint8")
         content = {
             "case": case,
             "rejected": data["rejected"],
@@ -121,4 +121,26 @@ def write_synthetic_datalist(
         write_json(root / "datalist.json", {**lists, "provenance": dict(provenance)})
     counts = {name: len(items) for name, items in lists.items()} | {"missing": len(cases) - len(records)}
     logger.info("%(training)d synthetic cases, %(rejected)d rejected, %(missing)d missing", counts)
+    return counts
+
+
+def make_synthetic_set(
+    folder: RunFolder, evaluator: Engine, *, cases: Sequence[Mapping[str, Any]], report: Callable[[], Any]
+) -> dict[str, int]:
+    """Render what is missing of a set, list what there is, and report it.
+
+    Args:
+        folder: of the run.
+        evaluator: renders, judges and writes the cases that are missing.
+        cases: all of the run.
+        report: called by the first process at the end.
+
+    Returns:
+        as :func:`write_synthetic_datalist`.
+    """
+    with folder as provenance:
+        evaluator.run()
+        counts = write_synthetic_datalist(cases, folder.output_dir, provenance)
+        if folder.shard == 0:
+            report()
     return counts

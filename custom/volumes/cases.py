@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def _file(item: Mapping[str, Any], key: str, source: str) -> str:
 
 
 def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
+    """Number of an entry, at least 0, or a refusal that names the list and the case."""
     if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
         _refuse(item, key, "a number, at least 0", source)
     return float(item[key])
@@ -132,16 +133,47 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
                 case |= {"template_image": template["image"], "template_label": template["label"]}
                 case["case"] += f"_from_{case_name(template['image'])}"
             cases.append(case)
-    names = [case["case"] for case in cases]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"masks and templates: file names must differ, they give {repeated} more than once; rename them"
-        )
+    check_names(cases, "masks and templates")
     check_files(cases, "target masks and templates")
     return cases
 
 
-def pending(cases: Sequence[dict[str, Any]], output_dir: str, suffix: str = ".nii.gz") -> list[dict[str, Any]]:
-    """Cases whose result `output_dir/<case><suffix>` does not exist yet; results appear there only when complete."""
-    return [case for case in cases if not os.path.isfile(os.path.join(output_dir, case["case"] + suffix))]
+def check_names(cases: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Refuse cases of one name: their results would overwrite each other.
+
+    Raises:
+        ValueError: naming `what` they come from and the names.
+    """
+    names = [case["case"] for case in cases]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what}: file names must differ, they give {repeated} more than once; rename them")
+
+
+def has_volume(case: Mapping[str, Any], output_dir: str) -> bool:
+    """Whether `output_dir/<case>.nii.gz` exists; results appear there only when complete."""
+    return os.path.isfile(os.path.join(output_dir, f"{case['case']}.nii.gz"))
+
+
+def unfinished(
+    cases: Sequence[dict[str, Any]],
+    output_dir: str,
+    *,
+    done: Callable[[Mapping[str, Any], str], bool] = has_volume,
+    shard: int = 0,
+    shards: int = 1,
+) -> list[dict[str, Any]]:
+    """Cases that are still to be made, or have to be made again.
+
+    Args:
+        cases: all of the run.
+        output_dir: of the run, shared by all processes.
+        done: case and folder -> whether its results are there.
+        shard, shards: number of the process, from 0, and of processes; each takes every `shards`-th case.
+
+    Raises:
+        ValueError: when there is no such shard.
+    """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard: must be 0 to {shards - 1} of {shards} shards, got {shard}")
+    return [case for case in cases[shard::shards] if not done(case, output_dir)]

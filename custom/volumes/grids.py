@@ -24,12 +24,15 @@ def crop_to(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return crop(x, [slice(n) for n in size])
 
 
+def pad_to(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Pad the far end of each spatial axis of (B, C, H, W, D) by its edge value up to a size, at least its own."""
+    missing = [n - m for n, m in zip(size, x.shape[2:], strict=True)]
+    return F.pad(x, [p for m in reversed(missing) for p in (0, m)], mode="replicate") if any(missing) else x
+
+
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pad the far end of each spatial axis of (B, C, H, W, D) by its edge value up to a multiple of `multiple`."""
-    missing = [-n % multiple for n in x.shape[2:]]
-    if not any(missing):
-        return x
-    return F.pad(x, [p for m in reversed(missing) for p in (0, m)], mode="replicate")
+    return pad_to(x, [n + -n % multiple for n in x.shape[2:]])
 
 
 def as_batch(volume: torch.Tensor) -> torch.Tensor:

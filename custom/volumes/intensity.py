@@ -8,8 +8,9 @@ from skimage.restoration import denoise_tv_chambolle
 
 from custom.volumes.haar import haar_pack, space_to_depth
 
-MIN_VOXELS = 8  # ours: fewer voxels of a label, one block of 2 x 2 x 2, have no mean worth a name
-_ROUND_OFF_HU = 1e-3
+MIN_VOXELS = 8  # ours: one block of 2 x 2 x 2; fewer voxels of a label have no mean worth a name
+LUNG_BELOW_HU = -400.0  # between aerated lung (-850 HU) and fat (-100 HU)
+_ROUND_OFF_HU = 1e-3  # what single precision leaves of a volume without grain
 
 
 def label_statistics(image_hu: torch.Tensor, label: torch.Tensor, num_labels: int) -> torch.Tensor:

@@ -10,12 +10,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 from scipy import ndimage
 
 from custom.runs.files import replace_file
 
-WINDOW_HU = (-250.0, 650.0)
+WINDOW_HU = (-250.0, 650.0)  # ours: fat (-100 HU) and blood with contrast (500 HU) stand apart from black and white
 _COLOURS = matplotlib.colormaps["tab20"]
+
+
+def read_ras(path: str | os.PathLike) -> np.ndarray:
+    """Volume of a file, (H, W, D) float32, turned to RAS as pictures need it."""
+    read = Compose([LoadImage(), EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
+    return read(str(path))[0].numpy()
 
 
 def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:

@@ -10,10 +10,20 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImage,
+    MapLabelValued,
+    MapTransform,
+    Orientationd,
+    Spacingd,
+    Transform,
+)
 from nibabel.orientations import io_orientation
 
-_GRID_TOLERANCE_VOXELS = 0.1
+_GRID_TOLERANCE_VOXELS = 0.1  # ours: headers in single precision are off by less, a shift that matters by more
 
 
 def file_of(volume: Any) -> str:
@@ -87,9 +97,9 @@ class CheckVolumesd(MapTransform):
         ValueError: naming file, rule, value and remedy.
     """
 
-    _MAX_SPACING_RATIO = 3.0
-    _MIN_VOXELS = 2
-    _HU_LIMITS = (-4000.0, 40000.0)
+    _MAX_SPACING_RATIO = 3.0  # ours: coarser data hold none of what the model draws
+    _FEWEST_VOXELS = 2  # along an axis, as interpolation needs
+    _HU_LIMITS = (-4000.0, 40000.0)  # ours: beyond any padding value and any metal
 
     def __init__(
         self,
@@ -142,9 +152,9 @@ class CheckVolumesd(MapTransform):
                 f"{file_of(volume)}: {given} is {ratio:.1f} times the model's {spacing.tolist()} mm; "
                 f"at most {self._MAX_SPACING_RATIO:g} times is possible, use finer data"
             )
-        if voxels.min() < self._MIN_VOXELS:
+        if voxels.min() < self._FEWEST_VOXELS:
             raise ValueError(
-                f"{file_of(volume)}: {tuple(volume.shape[1:])} voxels of {given} are fewer than {self._MIN_VOXELS} "
+                f"{file_of(volume)}: {tuple(volume.shape[1:])} voxels of {given} are fewer than {self._FEWEST_VOXELS} "
                 f"of the model's {spacing.tolist()} mm along an axis; "
                 "correct the spacing in the header (mm), or use a larger field of view"
             )
@@ -172,3 +182,73 @@ class CheckVolumesd(MapTransform):
             )
         if ids == [0]:
             raise ValueError(f"{file_of(label)}: the mask is empty; every case needs at least one label")
+
+
+class LoadConfidenced(Transform):
+    """Read `confidence` of a case on the grid of its `label`; a case without one is trusted everywhere.
+
+    Raises:
+        ValueError: naming the file, when it is on another grid, not between 0 and 1, or has several channels.
+    """
+
+    def __init__(self) -> None:
+        self.load = Compose([LoadVolumesd("confidence"), EnsureChannelFirstd("confidence")])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add `confidence` (1, H, W, D) to an item whose label is (1, H, W, D)."""
+        item = dict(data)
+        if "confidence" not in item:
+            item["confidence"] = torch.ones_like(item["label"], dtype=torch.float32)
+            return item
+        item = self.load(item)
+        low, high = float(item["confidence"].min()), float(item["confidence"].max())
+        if not (low >= 0 and high <= 1):  # also refuses NaN
+            raise ValueError(
+                f"{file_of(item['confidence'])}: confidence must lie between 0 and 1, got {low:g} to {high:g}"
+            )
+        if len(item["confidence"]) != 1:
+            raise ValueError(
+                f"{file_of(item['confidence'])}: confidence must be one volume, got {len(item['confidence'])} channels"
+            )
+        check_grid(item["label"], item["confidence"])
+        return item
+
+
+def reading(
+    *,
+    pairs: Sequence[Sequence[str]] = (),
+    labels: Sequence[str] = (),
+    num_labels: int,
+    label_mapping: Mapping[str, Sequence[int]],
+    spacing_mm: Sequence[float] | None,
+    confidence: bool = False,
+    resampled: Sequence[str] | None = None,
+) -> list[Transform]:
+    """The chain from files to volumes of the model: read, labels renumbered, checked, brought to RAS and one spacing.
+
+    Args:
+        pairs: (image, label) keys that share one grid.
+        labels: further label maps.
+        num_labels: label ids 0 to num_labels - 1.
+        label_mapping: "from" and "to" ids; others stay.
+        spacing_mm: of the model, along the axes of RAS; None keeps each volume's own.
+        confidence: also read `confidence`, which lies on the grid of `label`.
+        resampled: keys that are brought to RAS and spacing; None takes all. Others stay as they were read.
+
+    Returns:
+        transforms in their order, for a `Compose`; a list, so that a `CacheDataset` sees which are random.
+    """
+    masks = [*labels, *(label for _, label in pairs)]
+    keys = [*labels, *(key for pair in pairs for key in pair)]
+    chain: list[Transform] = [LoadVolumesd(keys), EnsureChannelFirstd(keys), EnsureTyped(keys, dtype=torch.float32)]
+    if label_mapping["from"]:
+        chain.append(MapLabelValued(masks, label_mapping["from"], label_mapping["to"], dtype=np.float32))
+    chain.append(CheckVolumesd(keys, label_keys=masks, num_labels=num_labels, spacing_mm=spacing_mm, grids=pairs))
+    if confidence:
+        chain.append(LoadConfidenced())
+    moved = [*keys, *["confidence"] * confidence] if resampled is None else list(resampled)
+    chain.append(Orientationd(moved, axcodes="RAS", labels=None))
+    if spacing_mm is not None:
+        modes = ["nearest" if key in masks else "bilinear" for key in moved]
+        chain.append(Spacingd(moved, pixdim=spacing_mm, mode=modes))
+    return chain

@@ -1,13 +1,8 @@
 """The claims of benchmarks/cost.py that are exact counts, and the counting itself."""
 
-import sys
-from pathlib import Path
-
+import cost
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import cost
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Bad input of the bundle: an error that names the file and the rule, and nothing half-written.
 
-Real files go through the transforms of the configs; the rules themselves are tested in test_checks.py.
+Real files go through the transforms of the configs; the rules themselves are tested in tests/volumes/test_reading.py.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from monai.bundle import ConfigParser
 
 from custom.diffusion.sampler import windows_of
 from custom.runs.files import part_of
+from custom.volumes.anatomy import Anatomy
 
 SPACING_MM = 1.5
-NOMINAL_HU = json.loads((CONFIGS / "inference.json").read_text())["nominal_hu"]
+NOMINAL_HU = Anatomy(json.loads((CONFIGS / "inference.json").read_text())["anatomy"]).nominal_hu
 PAINTED_HU = {0: -60, 1: 105 + 30, 3: 400 + 20, 5: 350 + 100}  # median shift from the nominal: +30
 ROLES = {  # what a bad file replaces
     "inference": {"image": "template_image", "label": "label"},

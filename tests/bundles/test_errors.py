@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import package
 import pytest
@@ -47,6 +50,36 @@ def test_an_older_custom_beside_a_newer_bundle_is_said_before_anything_runs(
     )
     with fails_with("custom: version 0.0.1 was imported from"):
         run.run()
+    assert not (tmp_path / "out").exists()
+
+
+OLD_CHECK = """
+from pathlib import Path
+import custom
+
+def check_version(*, needed):
+    if needed != custom.__version__:
+        raise ValueError(
+            f"custom: version {custom.__version__} was imported from {Path(__file__).parent}, the bundle's "
+            f"metadata.json needs custom_version {needed}; use the folder custom/ that came with the bundle"
+        )
+"""
+
+
+@pytest.mark.parametrize("bundle", package.bundles(), ids=lambda path: path.name)
+def test_a_custom_of_the_old_shape_beside_a_new_bundle_is_refused_by_name(bundle, tmp_path):
+    """Before version 0.3 its modules lay side by side, without rooms."""
+    old = tmp_path / "custom"
+    old.mkdir()
+    (old / "__init__.py").write_text('__version__ = "0.2.0"\n')
+    (old / "checks.py").write_text(OLD_CHECK)
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--bundle_root", str(bundle)]
+    command += ["--config_file", str(bundle / "configs/train.json"), "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"custom: version 0.2.0 was imported from {old}" in done.stderr
+    assert f"needs custom_version {custom.__version__}" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

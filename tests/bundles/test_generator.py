@@ -16,15 +16,9 @@ from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, temp
 from ignite.engine import Events
 from scipy import ndimage
 
-SHARED_BLOCKS = (
-    "label_names",
-    "nominal_hu",
-    "thin_labels",
-    "label_mapping",
-    "spacing_mm",
-    "residual_scale_hu",
-    "network_def",
-)
+from custom.volumes.anatomy import Anatomy
+
+SHARED_BLOCKS = ("anatomy", "label_mapping", "labels", "spacing_mm", "amp", "network_def")
 
 
 def render(workflow, masks, template, output_dir, weights, **overrides):
@@ -180,7 +174,7 @@ def test_one_set_of_weights_renders_without_a_template(workflow, cohort, tmp_pat
     render(workflow, [mask], template_of(cohort), tmp_path, weights, mode=mode)
     image = np.asarray(nib.load(tmp_path / "subject_003.nii.gz").dataobj)
     chamber = image[np.asarray(nib.load(mask).dataobj) == 3].mean()
-    nominal = json.loads((CONFIGS / "inference.json").read_text())["nominal_hu"]
+    nominal = Anatomy(json.loads((CONFIGS / "inference.json").read_text())["anatomy"]).nominal_hu
     assert abs(chamber - nominal[3 if mode == "mask_only" else 0]) < 40
 
 

@@ -20,6 +20,8 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor, partition_dataset
 from monai.transforms import Invertd, LoadImaged, SaveImaged
 
+from custom.volumes.anatomy import Anatomy
+
 SOURCE = ROOT / "bundles/structdiff_seg_cal/configs"
 TINY = {
     "network_def#init_filters": 4,
@@ -114,7 +116,7 @@ def test_metadata_names_the_labels_in_the_order_of_their_ids():
     names = metadata["outputs"]["pred"]["channel_def"]
     assert list(metadata["inputs"]) == ["image"]
     assert list(names) == [str(i) for i in range(len(names))]
-    assert list(names.values()) == json.loads((SOURCE / "train.json").read_text())["label_names"]
+    assert list(names.values()) == Anatomy(json.loads((SOURCE / "train.json").read_text())["anatomy"]).names
 
 
 def test_inference_has_the_blocks_that_are_read_and_needs_nothing_of_ours():

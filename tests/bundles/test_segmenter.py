@@ -16,8 +16,10 @@ from ignite.engine import Events
 from monai.utils import set_determinism
 from scipy import ndimage
 
+from custom.volumes.anatomy import Anatomy
+
 CONFIGS = SEG_BUNDLE / "configs"
-SHARED_BLOCKS = ("spacing_mm", "intensity_hu", "roi_size", "network_def")
+SHARED_BLOCKS = ("anatomy", "label_mapping", "spacing_mm", "intensity_hu", "roi_size", "amp")
 TINY = {
     "spacing_mm": [4.0, 4.0, 4.0],
     "roi_size": [16, 16, 16],
@@ -60,7 +62,8 @@ def test_blocks_that_stand_in_two_configs_agree():
     train, inference = (json.loads((CONFIGS / name).read_text()) for name in ("train.json", "inference.json"))
     for block in SHARED_BLOCKS:
         assert train[block] == inference[block], block
-    assert inference["num_labels"] == len(train["label_names"])
+    theirs = dict(train["network_def"], out_channels="@num_labels")
+    assert theirs == inference["network_def"], "but for where the number of labels comes from"
     evaluation = json.loads((CONFIGS / "evaluate.json").read_text())
     written = [step for step in inference["postprocessing"]["transforms"] if step["_target_"] != "SaveImaged"]
     judged = json.loads(json.dumps(evaluation["validate#postprocessing"]["transforms"]).replace("@validate#", "@"))
@@ -69,18 +72,9 @@ def test_blocks_that_stand_in_two_configs_agree():
         assert evaluation[block] == inference[block], block
 
 
-def test_label_names_and_mapping_are_those_of_the_generator():
-    ours, other = (
-        json.loads((SEG_BUNDLE.parent / name / "configs/train.json").read_text())
-        for name in ("structdiff_seg_cal", "structdiff_cardiac")
-    )
-    for block in ("label_names", "thin_labels", "label_mapping"):
-        assert ours[block] == other[block], block
-
-
 def test_metadata_names_the_labels_in_order_and_its_own_version():
     metadata = json.loads((CONFIGS / "metadata.json").read_text())
-    names = json.loads((CONFIGS / "train.json").read_text())["label_names"]
+    names = Anatomy(json.loads((CONFIGS / "train.json").read_text())["anatomy"]).names
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     assert channels == {str(i): name for i, name in enumerate(names)}
     assert metadata["version"] in metadata["changelog"]

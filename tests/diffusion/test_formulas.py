@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from custom.diffusion.formulas import amplitudes, angle, angle_step, ddim_step, precondition
+from custom.diffusion.formulas import amplitudes, angle, angle_step, precondition
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack, space_to_depth
 
@@ -119,23 +119,6 @@ def test_unit_sigma_is_plain_velocity_prediction():
     torch.testing.assert_close(c_in, torch.ones_like(a))
     torch.testing.assert_close(c_out, torch.ones_like(a))
     assert torch.equal(c_skip, torch.zeros_like(a))
-
-
-def test_ddim_step_moves_clean_and_noise_with_the_true_velocity():
-    x0, eps = noise(1, 1, 4, 4, 4), noise(1, 1, 4, 4, 4, seed=1)
-    alpha, alpha_next = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
-    a, s = alpha.sqrt(), (1 - alpha).sqrt()
-    x, v = a * x0 + s * eps, a * eps - s * x0
-    following, predicted = ddim_step(x, v, alpha, alpha_next)
-    torch.testing.assert_close(predicted, x0)
-    torch.testing.assert_close(following, alpha_next.sqrt() * x0 + (1 - alpha_next).sqrt() * eps)
-
-
-def test_ddim_step_to_the_same_time_changes_nothing_and_to_time_zero_is_clean():
-    x, v, alpha = noise(1, 1, 2, 2, 2), noise(1, 1, 2, 2, 2, seed=1), torch.tensor(0.4, dtype=torch.float64)
-    torch.testing.assert_close(ddim_step(x, v, alpha, alpha)[0], x)
-    clean, predicted = ddim_step(x, v, alpha, torch.ones_like(alpha))
-    assert torch.equal(clean, predicted)
 
 
 def test_amplitudes_are_a_unit_vector_per_sample():

@@ -4,12 +4,17 @@ import math
 
 import pytest
 import torch
+from ignite.engine import Engine
+from monai.utils import CommonKeys as Keys
 from torch.nn import functional as F
 
+from custom.diffusion.context import Context
+from custom.diffusion.correspondence import two_way_consistency
 from custom.diffusion.formulas import amplitudes, precondition
 from custom.diffusion.loss import StructDiffLoss, moments_loss
 from custom.diffusion.moments import REGIONS, from_local
-from custom.diffusion.network import CONTEXT_CHANNELS, StructDiffUNet
+from custom.diffusion.network import StructDiffUNet
+from custom.diffusion.training import TrackResidual
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 
@@ -33,7 +38,7 @@ def make_network(sigma=None, correspondence_channels=0):
 
 def blank_context(size, batch=1):
     """Background only, everything at 0 HU, and spreads of 100 HU: the residual unit is 1 everywhere."""
-    context = torch.zeros(batch, len(CONTEXT_CHANNELS), *size)
+    context = torch.zeros(batch, len(Context._fields), *size)
     context[:, 4:] = 100.0
     return context
 
@@ -47,6 +52,12 @@ def make_target(size, batch=1, residual=0.0):
         "label": torch.zeros(batch, 1, *size),
         "image": torch.zeros(batch, 1, *size),
     }
+
+
+def loss_of(network, velocity, target, **options):
+    """Loss of a velocity beside the moments that the network hands on for the context."""
+    prediction = network(torch.zeros_like(velocity), target["timesteps"], target["context"], with_moments=True)
+    return StructDiffLoss(**options)(prediction._replace(velocity=velocity), target)
 
 
 # Likelihood of the moments
@@ -104,13 +115,13 @@ def test_unmeasured_network_is_charged_the_squared_velocity_error_and_the_residu
     target["residual"] = noise(2, 1, 8, 6, 10, seed=2)
     residual = haar_pack(target["residual"])
     expected = F.mse_loss(velocity, target["velocity"]) + (residual.square() / 2 + G * residual.abs()).mean()
-    torch.testing.assert_close(StructDiffLoss(make_network())(velocity, target), expected)
+    torch.testing.assert_close(loss_of(make_network(), velocity, target), expected)
 
 
 def test_thin_weight_without_thin_voxels_changes_nothing():
     target, velocity = make_target((8, 6, 10), residual=0.5), noise(1, 1, 8, 6, 10)
-    plain = StructDiffLoss(make_network(0.4))(velocity, target)
-    weighted = StructDiffLoss(make_network(0.4), thin_labels=[2], thin_weight=10.0)(velocity, target)
+    plain = loss_of(make_network(0.4), velocity, target)
+    weighted = loss_of(make_network(0.4), velocity, target, thin_labels=[2], thin_weight=10.0)
     torch.testing.assert_close(weighted, plain)
 
 
@@ -121,7 +132,7 @@ def test_velocity_error_is_measured_in_units_of_its_spread_and_the_residual_of_i
     a, s = amplitudes(network.alphas_cumprod, target["timesteps"], 5)
     c_out = precondition(a, s, torch.tensor(0.3))[2]
     assert c_out[0] / c_out[1] > 1.5  # the two times differ
-    loss = StructDiffLoss(network)(target["velocity"] + c_out, target)
+    loss = loss_of(network, target["velocity"] + c_out, target)
     torch.testing.assert_close(loss, torch.tensor(1 + 1 / 2 + G + math.log(0.3)))
 
 
@@ -137,7 +148,7 @@ def test_errors_at_label_edges_are_measured_voxel_by_voxel():
     c_out = precondition(a, s, condition.sigma)[2]
     target["residual"] = haar_unpack(from_local(condition.sigma, condition.edge))
     error = haar_unpack(from_local(c_out, condition.edge))
-    loss = StructDiffLoss(network)(target["velocity"] + error, target)
+    loss = loss_of(network, target["velocity"] + error, target)
     sigma = condition.sigma
     expected = 1 + 1 / 2 + G + sigma.log().mean()
     torch.testing.assert_close(loss, expected)
@@ -150,21 +161,21 @@ def test_weights_around_one_thin_voxel():
     label[0, 0, 0, 0, 0] = 8  # not thin
     expected = torch.ones(1, 1, 6, 6, 6)
     expected[0, 0, 2:4, 1:3, 3:5] = 10
-    assert torch.equal(StructDiffLoss(make_network(), thin_labels=[9], thin_weight=10.0).weights(label), expected)
+    assert torch.equal(StructDiffLoss(thin_labels=[9], thin_weight=10.0).weights(label), expected)
 
 
 @pytest.mark.parametrize(("voxel", "block"), [((0, 0, 0), (0, 0, 0)), ((11, 11, 11), (5, 5, 5))])
 def test_weights_at_the_border(voxel, block):
     label = torch.zeros(1, 1, 12, 12, 12)
     label[(0, 0, *voxel)] = 9
-    weights = StructDiffLoss(make_network(), thin_labels=[9], thin_weight=4.0).weights(label)
+    weights = StructDiffLoss(thin_labels=[9], thin_weight=4.0).weights(label)
     assert (weights > 1).nonzero().tolist() == [[0, 0, *block]]
     assert weights.max() == 4
 
 
 def test_two_thin_labels_in_one_block_weigh_once():
     label = torch.tensor([3.0, 5, 3, 3, 5, 5, 3, 0]).reshape(1, 1, 2, 2, 2)
-    loss = StructDiffLoss(make_network(), thin_labels=[3, 5], thin_weight=7.0)
+    loss = StructDiffLoss(thin_labels=[3, 5], thin_weight=7.0)
     assert loss.weights(label).tolist() == [[[[[7.0]]]]]
 
 
@@ -177,34 +188,34 @@ def test_weighted_loss_by_hand():
     target["label"][0, 0, 0, 0, 0] = 9
     error[..., :2] = 2.0
     target["residual"][..., :2] = 4.0
-    loss = StructDiffLoss(make_network(), thin_labels=[9], thin_weight=10.0)(target["velocity"] + error, target)
+    loss = loss_of(make_network(), target["velocity"] + error, target, thin_labels=[9], thin_weight=10.0)
     expected = (10 * (4 + 16 / 2 + G * 4 / 8**0.5) + 5 * (9 + 25 / 2 + G * 5 / 8**0.5)) / 15
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 def test_gradient_is_the_finite_difference():
     """The loss is quadratic in the velocity, so central differences are exact for any step."""
-    target = make_target((4, 4, 4))
+    target = make_target((8, 8, 8))
     target["label"][0, 0, 0, 0, 0] = 9
     target["context"][:, 0, 3:] = 1
-    loss = StructDiffLoss(make_network(0.5), thin_labels=[9])
-    velocity = noise(1, 1, 4, 4, 4).requires_grad_()
-    loss(velocity, target).backward()
-    for voxel in ((0, 0, 0), (1, 2, 3), (3, 3, 3)):
-        step = torch.zeros(1, 1, 4, 4, 4)
+    network, velocity = make_network(0.5), noise(1, 1, 8, 8, 8).requires_grad_()
+    loss_of(network, velocity, target, thin_labels=[9]).backward()
+    for voxel in ((0, 0, 0), (1, 2, 3), (7, 7, 7)):
+        step = torch.zeros(1, 1, 8, 8, 8)
         step[(0, 0, *voxel)] = 0.5
         with torch.no_grad():
-            difference = loss(velocity + step, target) - loss(velocity - step, target)
+            ahead, behind = (loss_of(network, velocity + way * step, target, thin_labels=[9]) for way in (1, -1))
+            difference = ahead - behind
         torch.testing.assert_close(velocity.grad[(0, 0, *voxel)], difference, rtol=1e-3, atol=1e-5)
 
 
 def test_scaling_of_the_velocity_error_does_not_train_sigma():
     """c_out comes from sigma without its gradient: the likelihood alone says what sigma is."""
-    network, target = make_network(0.5), make_target((4, 4, 4), residual=0.5)
+    network, target = make_network(0.5), make_target((8, 8, 8), residual=0.5)
     gradients = []
     for error in (0.0, 10.0):
         network.zero_grad()
-        StructDiffLoss(network)(target["velocity"] + error, target).backward()
+        loss_of(network, target["velocity"] + error, target).backward()
         gradients.append(network.moments.hidden[-1].bias.grad.clone())
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(*gradients)
@@ -216,7 +227,7 @@ def test_odd_sizes_are_padded_to_even_ones_and_no_further(size):
     target, velocity = make_target(size), noise(1, 1, *size)
     target["residual"] = noise(1, 1, *size, seed=2)
     error, residual = (pad_to_multiple(part, 2) for part in (velocity - target["velocity"], target["residual"]))
-    loss = StructDiffLoss(make_network(), thin_labels=[9])(velocity, target)
+    loss = loss_of(make_network(), velocity, target, thin_labels=[9])
     residual = haar_pack(residual)
     torch.testing.assert_close(loss, error.square().mean() + (residual.square() / 2 + G * residual.abs()).mean())
 
@@ -232,8 +243,8 @@ def test_gradients_reach_every_parameter(correspondence_channels):
     target["context"][:, [0, 2]] = noise(2, 2, 16, 16, 16, seed=3).round().clamp(0, 2)
     target["context"][:, [1, 3]] = 300 * noise(2, 2, 16, 16, 16, seed=4)
     target["image"], target["residual"] = 300 * noise(2, 1, 16, 16, 16, seed=5), noise(2, 1, 16, 16, 16, seed=6)
-    velocity = network(noise(2, 1, 16, 16, 16, seed=7), target["timesteps"], target["context"])
-    StructDiffLoss(network)(velocity, target).backward()
+    x = noise(2, 1, 16, 16, 16, seed=7)
+    StructDiffLoss()(network(x, target["timesteps"], target["context"], with_moments=True), target).backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     assert all(p.grad.isfinite().all() for p in network.parameters())
@@ -242,29 +253,42 @@ def test_gradients_reach_every_parameter(correspondence_channels):
 # The table follows while training
 
 
+def track(network, target):
+    """One iteration of a trainer, as the handler sees it."""
+    prediction = network(target["residual"], target["timesteps"], target["context"], with_moments=True)
+    engine = Engine(lambda engine, batch: None)
+    engine.state.output = {Keys.PRED: prediction, Keys.LABEL: target}
+    TrackResidual(network)(engine)
+
+
 def test_training_tracks_the_table_by_the_residual_in_units_of_sigma():
     network, target = make_network(0.5).train(), make_target((8, 8, 8), residual=0.5)
-    loss = StructDiffLoss(network)
-    loss(target["velocity"], target)
+    track(network, target)
     table = network.moments.table[0, REGIONS.index("soft_background")]
     # A constant residual of one sigma is sqrt(8) sigma in the low-pass band, 0 in the others.
     torch.testing.assert_close(table[0], torch.tensor(0.5 * (0.98 + 0.02 * G * 8**0.5)))
     torch.testing.assert_close(table[1:], torch.full((7,), 0.5 * 0.98))
 
 
-@pytest.mark.parametrize("state", ["evaluation", "unmeasured"])
-def test_neither_evaluation_nor_an_unmeasured_network_moves_the_table(state):
-    network = make_network(0.5) if state == "evaluation" else make_network().train()
-    before, target = network.moments.table.clone(), make_target((8, 8, 8), residual=1.0)
-    StructDiffLoss(network)(target["velocity"], target)
+def test_an_unmeasured_network_does_not_move_its_table():
+    network = make_network().train()
+    before = network.moments.table.clone()
+    track(network, make_target((8, 8, 8), residual=1.0))
     assert torch.equal(network.moments.table, before)
-    assert bool(network.moments.measured) == (state == "evaluation")
+    assert not network.moments.measured
+
+
+def test_the_loss_does_not_move_the_table():
+    network = make_network(0.5).train()
+    before, target = network.moments.table.clone(), make_target((8, 8, 8), residual=1.0)
+    loss_of(network, target["velocity"], target)
+    assert torch.equal(network.moments.table, before)
 
 
 @pytest.mark.parametrize("thin_weight", [0.99, 0.0, -3.0])
 def test_thin_weight_below_one_is_refused(thin_weight):
     with pytest.raises(ValueError, match=f"thin_weight: must be at least 1, got {thin_weight}"):
-        StructDiffLoss(make_network(), thin_weight=thin_weight)
+        StructDiffLoss(thin_weight=thin_weight)
 
 
 def test_correspondence_term_is_added_with_its_weight_and_trains_the_attention():
@@ -272,16 +296,16 @@ def test_correspondence_term_is_added_with_its_weight_and_trains_the_attention()
     network, target = make_network(correspondence_channels=8), make_target(size)
     target["context"][:, [0, 2]] = noise(1, 2, *size, seed=4).round().clamp(0, 2)
     target["image"], velocity = 300 * noise(1, 1, *size, seed=5), noise(1, 1, *size)
-    plain = StructDiffLoss(network, correspondence_weight=0.0)(velocity, target)
-    loss = StructDiffLoss(network, correspondence_weight=0.3)
-    context, image = (pad_to_multiple(target[key], 8) for key in ("context", "image"))
-    consistency = network.correspondence.consistency(context, image)
-    total = loss(velocity, target)
+    without = loss_of(network, velocity, target, correspondence_weight=0.0)
+    channels, image = (pad_to_multiple(target[key], 8) for key in ("context", "image"))
+    context = Context.of(channels)
+    consistency = two_way_consistency(network.correspondence.affinity(context), context.template_image_hu, image)
+    total = loss_of(network, velocity, target, correspondence_weight=0.3)
     assert consistency > 0.01
-    torch.testing.assert_close(total, plain + 0.3 * consistency)
+    torch.testing.assert_close(total, without + 0.3 * consistency)
     total.backward()
     assert all(p.grad.any() for p in network.correspondence.mask_encoder.parameters())
 
 
-def test_the_parameters_stay_with_the_network():
-    assert list(StructDiffLoss(make_network(correspondence_channels=8)).parameters()) == []
+def test_the_loss_has_no_parameters_and_needs_no_network():
+    assert list(StructDiffLoss().parameters()) == []

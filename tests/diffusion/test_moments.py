@@ -5,18 +5,16 @@ import math
 import pytest
 import torch
 
+from custom.diffusion.context import MODES, Context
 from custom.diffusion.moments import (
-    MODES,
     REGIONS,
     ResidualMoments,
-    context_modes,
     from_local,
     label_edges,
     residual_regions,
     residual_unit,
     to_local,
 )
-from custom.diffusion.network import CONTEXT_CHANNELS
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack, space_to_depth
 
 TABLE = (len(MODES), len(REGIONS), 8)
@@ -30,7 +28,7 @@ def noise(*shape, seed=3, dtype=torch.float32):
 
 def blank_context(size, batch=1):
     """Background only, everything at 0 HU, and spreads of 100 HU: the residual unit is 1 everywhere."""
-    context = torch.zeros(batch, len(CONTEXT_CHANNELS), *size)
+    context = torch.zeros(batch, len(Context._fields), *size)
     context[:, 4:] = 100.0
     return context
 
@@ -48,7 +46,7 @@ def apply(moments, context, images=None):
     grid = [n // 2 for n in context.shape[2:]]
     images = noise(len(context), 4, *grid, seed=5) if images is None else images
     with torch.no_grad():
-        return moments(noise(len(context), 3, *grid, seed=4), images, context)
+        return moments(noise(len(context), 3, *grid, seed=4), images, Context.of(context))
 
 
 def varied_table(seed=6):
@@ -64,7 +62,7 @@ def test_dropped_label_maps_select_the_mode():
     context[2, 0] = context[2, 2] = -1
     context[3, 0, 0, 0, 0] = 3
     context[3, 2] = -1
-    assert [MODES[i] for i in context_modes(context)] == ["template", "mask_only", "unconditional", "mask_only"]
+    assert [MODES[i] for i in Context.of(context).modes()] == ["template", "mask_only", "unconditional", "mask_only"]
 
 
 def cube():
@@ -149,7 +147,7 @@ def test_unit_is_the_label_spread_for_means_and_the_grain_for_details():
     context[:, 4], context[:, 5] = 40.0, 25.0
     context[:, 5, 2:] = 1.0  # grain below 5 HU counts as 5
     region = torch.arange(len(REGIONS)).view(1, 1, 6, 1, 1).expand(1, 8, 6, 1, 1)
-    unit = residual_unit(context, region)[0, :, :, 0, 0]
+    unit = residual_unit(Context.of(context), region)[0, :, :, 0, 0]
     torch.testing.assert_close(unit[0], torch.tensor([0.4, 0.4, 0.4, 1.0, 1.0, 1.0]))
     torch.testing.assert_close(unit[1:], torch.tensor([0.25, 0.05, 0.05, 1.0, 1.0, 1.0]).expand(7, -1))
 
@@ -299,7 +297,7 @@ def test_cells_number_mode_region_and_channel():
     context = blank_context((2, 2, 2), 2)
     context[1, 2] = -1
     context[1, 3] = -900.0
-    cell, unit = make_moments().cells(context)
+    cell, unit = make_moments().cells(Context.of(context))
     numbered = torch.arange(144).view(TABLE)
     assert torch.equal(cell[0].flatten(), numbered[0, BACKGROUND])
     assert torch.equal(cell[1].flatten(), numbered[1, REGIONS.index("lung")])
@@ -314,7 +312,7 @@ def deviation_of(values):
 def test_tracking_moves_the_table_two_percent_of_the_way_and_leaves_absent_cells_alone():
     table = varied_table()
     moments, standardised = make_moments(table), 1.5 * noise(2, 8, 4, 4, 4)
-    moments.track(standardised, blank_context((8, 8, 8), 2))
+    moments.track(standardised, Context.of(blank_context((8, 8, 8), 2)))
     expected = 0.98 + 0.02 * deviation_of(standardised)
     assert (expected - 1).abs().min() > 1e-3
     torch.testing.assert_close((moments.table / table)[0, BACKGROUND], expected)
@@ -327,7 +325,7 @@ def test_absent_cells_do_not_drift_over_many_batches():
     table = varied_table()
     moments, context = make_moments(table), blank_context((2, 2, 2))
     for _ in range(300):
-        moments.track(torch.full((1, 8, 1, 1, 1), 0.5), context)
+        moments.track(torch.full((1, 8, 1, 1, 1), 0.5), Context.of(context))
     present = torch.zeros(TABLE, dtype=torch.bool)
     present[0, BACKGROUND] = True
     assert torch.equal(moments.table[~present], table[~present])
@@ -342,7 +340,7 @@ def test_tracking_ends_at_the_true_deviation(start):
     true = torch.linspace(0.5, 2, 8)
     residual = noise(2, 8, 4, 4, 4) * (true * torch.tensor([0.4, *[1.0] * 7])).view(1, 8, 1, 1, 1)
     for _ in range(450):
-        moments.track(residual / apply(moments, context)[1], context)
+        moments.track(residual / apply(moments, context)[1], Context.of(context))
     reached = moments.table[0, BACKGROUND]
     torch.testing.assert_close(reached, deviation_of(residual) / torch.tensor([0.4, *[1.0] * 7]), rtol=2e-3, atol=0)
     torch.testing.assert_close(reached, true, rtol=0.2, atol=0)  # 128 voxels: a sampling error of 7 %
@@ -350,8 +348,8 @@ def test_tracking_ends_at_the_true_deviation(start):
 
 def test_one_wild_batch_moves_the_table_little_and_silence_never_empties_it():
     moments, context = make_moments(torch.full(TABLE, 0.0101)), blank_context((2, 2, 2))
-    moments.track(torch.full((1, 8, 1, 1, 1), 1e4), context)
+    moments.track(torch.full((1, 8, 1, 1, 1), 1e4), Context.of(context))
     torch.testing.assert_close(moments.table[0, BACKGROUND], torch.full((8,), 1.08 * 0.0101))
     for _ in range(100):
-        moments.track(torch.zeros(1, 8, 1, 1, 1), context)
+        moments.track(torch.zeros(1, 8, 1, 1, 1), Context.of(context))
     torch.testing.assert_close(moments.table[0, BACKGROUND], torch.full((8,), 0.01))

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from custom.diffusion.correspondence import CorrespondenceAttention
+from custom.diffusion.context import MODES, Context
+from custom.diffusion.correspondence import CorrespondenceAttention, two_way_consistency
 from custom.diffusion.formulas import amplitudes, precondition
-from custom.diffusion.moments import MODES, REGIONS
-from custom.diffusion.network import CONTEXT_CHANNELS, StructDiffUNet, one_hot_blocks
+from custom.diffusion.moments import REGIONS
+from custom.diffusion.network import StructDiffUNet, one_hot_blocks
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import depth_to_space, haar_pack, space_to_depth
 
@@ -39,13 +40,13 @@ def make_context(size, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, NUM_LABELS, (batch, 2, *size), generator=generator).float()
     images = 300 * torch.randn(batch, 2, *size, generator=generator)
-    sd = 10 + 30 * torch.rand(batch, len(CONTEXT_CHANNELS) - 4, *size, generator=generator)
+    sd = 10 + 30 * torch.rand(batch, len(Context._fields) - 4, *size, generator=generator)
     return torch.cat([labels[:, :1], images[:, :1], labels[:, 1:], images[:, 1:], sd], 1)
 
 
 def blank_context(size, batch=1):
     """Background only, everything at 0 HU, and spreads of 100 HU: the residual unit is 1 everywhere."""
-    context = torch.zeros(batch, len(CONTEXT_CHANNELS), *size)
+    context = torch.zeros(batch, len(Context._fields), *size)
     context[:, 4:] = 100.0
     return context
 
@@ -184,7 +185,7 @@ def test_a_sample_does_not_depend_on_its_batch(correspondence_channels):
 
 @pytest.mark.parametrize("correspondence_channels", [0, 8])
 def test_velocity_error_trains_all_but_the_moments(correspondence_channels):
-    """They are trained by their own likelihood, see test_losses.py."""
+    """They are trained by their own likelihood, see test_loss.py."""
     network = shaken(make_network(correspondence_channels)).train()
     network.moments.set_table(varied_table())
     velocity = network(noise(2, 1, 16, 16, 16), torch.tensor([100, 600]), make_context((16, 16, 16), 2))
@@ -193,7 +194,7 @@ def test_velocity_error_trains_all_but_the_moments(correspondence_channels):
     assert silent == {f"moments.{name}" for name, _ in network.moments.named_parameters()}
 
 
-@pytest.mark.parametrize("channel", range(len(CONTEXT_CHANNELS)), ids=CONTEXT_CHANNELS)
+@pytest.mark.parametrize("channel", range(len(Context._fields)), ids=Context._fields)
 def test_every_context_channel_changes_the_velocity(network, channel):
     context = make_context((8, 8, 8))
     other = context.clone()
@@ -249,6 +250,20 @@ def test_amp_in_bf16_stays_close_and_returns_float32(network):
     assert (half - full).std() < 0.05 * full.std()
 
 
+def test_precision_is_not_chosen_by_what_the_processor_can_do(network, monkeypatch):
+    """As on a processor with native bf16 (Sapphire Rapids, AMX): the same velocity as on any other."""
+    x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([300]), make_context((8, 8, 8))
+    able = {"avx512_bf16": True, "amx_bf16": True, "amx_tile": True, "avx512_f": True}
+    results = []
+    for capabilities in ({}, able):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        twin = make_network()
+        twin.load_state_dict(network.state_dict())
+        with torch.no_grad():
+            results.append(twin(x, t, context))
+    assert torch.equal(*results)
+
+
 def test_shipped_size_fits_the_weight_limit():
     """25 MB of float32 weights, the limit of the bundle."""
     network = StructDiffUNet(num_labels=11, channels=(32, 64, 96))
@@ -269,7 +284,11 @@ def block_context(template_labels, template_values):
     context[:, :1] = block_volume(range(BLOCKS))
     context[:, 1:2] = block_volume(template_values)
     context[:, 2:3] = block_volume(template_labels)
-    return context
+    return Context.of(context)
+
+
+def consistency(attention, context, image):
+    return two_way_consistency(attention.affinity(context), context.template_image_hu, image)
 
 
 def label_attention(sharpness):
@@ -289,38 +308,38 @@ VALUES = [-400.0, -250.0, -100.0, 0.0, 50.0, 180.0, 300.0, 450.0]
 def test_sharp_attention_carries_intensities_by_label_wherever_the_template_has_them():
     context = block_context(SHUFFLED, [VALUES[i] for i in SHUFFLED])
     attention = label_attention(20.0)
-    assert attention.consistency(context, block_volume(VALUES)) < 1e-6
+    assert consistency(attention, context, block_volume(VALUES)) < 1e-6
     aligned = block_context(range(BLOCKS), VALUES)
     taps = attention.image_encoder[0].weight.data
     centre = taps[..., 1, 1, 1].clone()
     taps.zero_()
     taps[..., 1, 1, 1] = centre  # without neighbours, or moving blocks changes their features
-    torch.testing.assert_close(attention(context), attention(aligned))
-    assert attention(aligned).flatten(2).std(2).max() > 0.01
+    torch.testing.assert_close(attention(context)[0], attention(aligned)[0])
+    assert attention(aligned)[0].flatten(2).std(2).max() > 0.01
 
 
 def test_sharp_attention_notices_intensities_on_the_wrong_label():
     shifted = block_context(range(BLOCKS), [VALUES[i] for i in SHUFFLED])
     wrong = torch.tensor([(VALUES[i] - VALUES[SHUFFLED[i]]) / 500 for i in range(BLOCKS)]).square().mean()
-    torch.testing.assert_close(label_attention(20.0).consistency(shifted, block_volume(VALUES)), 2 * wrong)
+    torch.testing.assert_close(consistency(label_attention(20.0), shifted, block_volume(VALUES)), 2 * wrong)
 
 
 def test_blind_attention_is_off_by_twice_the_variance():
     """Equal logits carry the mean of the other volume everywhere."""
     context = block_context(range(BLOCKS), VALUES)
     variance = (torch.tensor(VALUES) / 500).var(unbiased=False)
-    torch.testing.assert_close(label_attention(0.0).consistency(context, block_volume(VALUES)), 2 * variance)
+    torch.testing.assert_close(consistency(label_attention(0.0), context, block_volume(VALUES)), 2 * variance)
 
 
 def test_consistency_teaches_the_mask_encoder():
     torch.manual_seed(0)
     attention = CorrespondenceAttention(BLOCKS, 8)
     context = block_context(SHUFFLED, [VALUES[i] for i in SHUFFLED])
-    before = attention.consistency(context, block_volume(VALUES))
+    before = consistency(attention, context, block_volume(VALUES))
     optimizer = torch.optim.Adam(attention.mask_encoder.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = attention.consistency(context, block_volume(VALUES))
+        loss = consistency(attention, context, block_volume(VALUES))
         loss.backward()
         assert all(p.grad.isfinite().all() for p in attention.mask_encoder.parameters())
         optimizer.step()

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
+from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.moments import label_edges
-from custom.diffusion.network import CONTEXT_CHANNELS, Condition, StructDiffUNet
+from custom.diffusion.network import Condition, StructDiffUNet
 from custom.diffusion.sampler import StructDiffInferer, blended, case_noise, windows_of
-from custom.diffusion.schedule import ListedDDIMScheduler
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack
 
 SIZES = [(17, 24, 9), (16, 16, 16), (33, 7, 20)]
-SCALE_HU = 100.0
+ALPHAS = StructDiffUNet(num_labels=2, channels=(8, 8), condition_channels=4).alphas_cumprod
 
 
 def even(size):
@@ -24,7 +24,7 @@ class LocalNetwork:
 
     def __init__(self):
         self.encoded = []
-        self.alphas_cumprod = ListedDDIMScheduler().alphas_cumprod
+        self.alphas_cumprod = ALPHAS
 
     def encode(self, context):
         self.encoded.append(tuple(context.shape[2:]))
@@ -40,14 +40,14 @@ class LocalNetwork:
 
 def make_context(size, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    context = 100 * torch.randn(batch, len(CONTEXT_CHANNELS), *size, generator=generator)
+    context = 100 * torch.randn(batch, len(Context._fields), *size, generator=generator)
     context[:, 4:] = 100  # HU: the residual unit is 1
     context[:, [0, 2]] = torch.randint(0, 3, (batch, 2, *size), generator=generator).float()
     return context
 
 
 def make_inferer(times=3, **options):
-    return StructDiffInferer(ListedDDIMScheduler(times), residual_scale_hu=SCALE_HU, **options)
+    return StructDiffInferer(times, **options)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_windows_of_a_local_predictor_change_nothing(size, overlap):
     whole = make_inferer()(context, LocalNetwork(), ["a", "b"])
     windowed = make_inferer(roi_size=[8, 8, 8], overlap=overlap)(context, LocalNetwork(), ["a", "b"])
     assert windowed.shape == (2, 1, *size)
-    torch.testing.assert_close(windowed / SCALE_HU, whole / SCALE_HU, rtol=0, atol=1e-5)
+    torch.testing.assert_close(windowed / RESIDUAL_UNIT_HU, whole / RESIDUAL_UNIT_HU, rtol=0, atol=1e-5)
 
 
 class FlatNetwork(LocalNetwork):
@@ -136,7 +136,7 @@ def test_one_step_rendering_is_an_euler_step_of_the_case_noise_in_the_local_basi
     parity = torch.stack(torch.meshgrid(*map(torch.arange, (6, 4, 4)), indexing="ij")).sum(0) % 2
     context[:, 0] = parity if edge else 1
     result = make_inferer([600], seed=7)(context, FlatNetwork(), ["patient"])
-    alpha = ListedDDIMScheduler([600]).alphas_cumprod[600]
+    alpha = ALPHAS[600]
     x = case_noise((1, 6, 4, 4), 7, "patient")[None]
     if edge:
         sigma, pack, unpack = depth_to_space(FlatNetwork.sigma.expand(1, 8, 3, 2, 2)), lambda v: v, lambda v: v
@@ -145,7 +145,7 @@ def test_one_step_rendering_is_an_euler_step_of_the_case_noise_in_the_local_basi
     psi = torch.atan2((1 - alpha).sqrt(), alpha.sqrt() * sigma)
     residual = unpack(sigma * pack(x - unpack(psi * pack(x / 4 + 0.5))))
     residual = residual + haar_unpack(FlatNetwork.mean.expand(1, 8, 3, 2, 2))
-    torch.testing.assert_close(result, SCALE_HU * residual + context[:, 3:4], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(result, RESIDUAL_UNIT_HU * residual + context[:, 3:4], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -154,11 +154,11 @@ def test_gaussian_residual_keeps_mean_and_spread_at_any_number_of_steps(steps):
     network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4).eval()  # fresh: F = 0
     network.moments.set_table(torch.full_like(network.moments.table, 0.3))
     torch.nn.init.constant_(network.moments.linear.bias, 0.08)  # units of 500 HU
-    context = torch.zeros(1, len(CONTEXT_CHANNELS), 12, 12, 12)
+    context = torch.zeros(1, len(Context._fields), 12, 12, 12)
     context[:, 4:] = 100  # HU: the residual unit is 1
     context[:, 0, 3:8, 3:8, 3:8] = 4
     result = make_inferer(steps, seed=2)(context, network, ["patient"])
-    expected = SCALE_HU * (0.4 + 0.3 * case_noise((1, 12, 12, 12), 2, "patient")[None])
+    expected = RESIDUAL_UNIT_HU * (0.4 + 0.3 * case_noise((1, 12, 12, 12), 2, "patient")[None])
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
 
 
@@ -219,7 +219,7 @@ def test_a_case_does_not_depend_on_its_batch_or_order(network, roi):
     for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
         together = inferer(context[order], network, [names[i] for i in order])
         expected = torch.cat([alone[i] for i in order])
-        torch.testing.assert_close(together / SCALE_HU, expected / SCALE_HU, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together / RESIDUAL_UNIT_HU, expected / RESIDUAL_UNIT_HU, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("cached", [0, 1, 3])

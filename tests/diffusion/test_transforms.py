@@ -7,8 +7,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Spacingd
 from scipy import ndimage
 
-from custom.diffusion.moments import MODES, context_modes
-from custom.diffusion.network import CONTEXT_CHANNELS
+from custom.diffusion.context import MODES, Context
 from custom.diffusion.transforms import (
     AlignTemplated,
     LabelStatisticsd,
@@ -74,8 +73,8 @@ def paint(mode, item=None, **options):
 
 
 def channels(result):
-    assert result["context"].shape == (len(CONTEXT_CHANNELS), *SIZE)
-    return dict(zip(CONTEXT_CHANNELS, result["context"].as_tensor(), strict=True))
+    assert result["context"].shape == (len(Context._fields), *SIZE)
+    return dict(zip(Context._fields, result["context"].as_tensor(), strict=True))
 
 
 # Painting
@@ -109,13 +108,13 @@ def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
 
 def test_unconditional_context_tells_nothing():
     context = channels(paint("unconditional"))
-    expected = dict(zip(CONTEXT_CHANNELS, (-1, 0, -1, NOMINAL_HU[0], 0, 0), strict=True))
+    expected = dict(zip(Context._fields, (-1, 0, -1, NOMINAL_HU[0], 0, 0), strict=True))
     assert {name: part.unique().tolist() for name, part in context.items()} == {k: [v] for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_network_reads_the_mode_from_the_context(mode):
-    assert MODES[context_modes(paint(mode)["context"][None].as_tensor())] == mode
+    assert MODES[Context.of(paint(mode)["context"][None].as_tensor()).modes()] == mode
 
 
 @pytest.mark.parametrize("mode", ["mask_only", "unconditional"])

@@ -29,8 +29,8 @@ def evaluations(tmp_path):
 def test_values_are_read_by_case_and_label_and_gaps_are_nan(evaluations):
     read = read_evaluations(evaluations)
     assert list(read) == ["first", "other"]
-    assert read["first"]["b", "vessel"] == {"dice": 0.5, "hd95_mm": 6.0}
-    assert np.isnan(read["first"]["a", "vessel"]["hd95_mm"])
+    assert read["first"].loc["b", "vessel"].to_dict() == {"dice": 0.5, "hd95_mm": 6.0}
+    assert np.isnan(read["first"].loc["a", "vessel"]["hd95_mm"])
 
 
 def test_a_label_has_its_mean_over_the_cases_that_define_it(evaluations):

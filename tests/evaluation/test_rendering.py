@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from shapes import KNOWN
 
-from custom.evaluation.labels import TopologyMetric
+from custom.evaluation import labels as of_labels
+from custom.evaluation import rendering as of_rendering
 from custom.evaluation.rendering import (
     MEASURES,
+    Rendering,
     RenderingMetric,
     grain_ratio,
     label_mean_error,
@@ -18,6 +19,7 @@ from custom.evaluation.rendering import (
     mean_absolute_error,
     texture_correlation,
     vessel_contrast_ratio,
+    vessel_regions,
 )
 
 vessel_cl_dice = MEASURES["vessel_cl_dice"]
@@ -37,6 +39,7 @@ def make_case(noise_hu=0.0, seed=0):
 
 IDENTITY = {
     "label_mean_error": ([CHAMBER, VESSEL], 0.0),
+    "label_mean_score": ([CHAMBER, VESSEL], 0.0),
     "label_wasserstein": ([CHAMBER, VESSEL], 0.0),
     "grain_ratio": ([CHAMBER], 1.0),
     "vessel_contrast_ratio": ([VESSEL], 1.0),
@@ -58,44 +61,48 @@ def test_every_measure_has_an_identity():
 def test_the_truth_against_itself(name):
     truth, label = make_case(noise_hu=5.0)
     labels, expected = IDENTITY[name]
-    assert MEASURES[name](truth.copy(), truth, label, labels) == expected
+    assert MEASURES[name](Rendering(truth.copy(), truth, label, labels)) == expected
 
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_absent_labels_are_undefined(name):
     truth, label = make_case(noise_hu=5.0)
-    assert math.isnan(MEASURES[name](truth, truth, label, [MISSING]))
+    assert math.isnan(MEASURES[name](Rendering(truth, truth, label, [MISSING])))
 
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_an_unknown_truth_is_undefined(name):
     """Pure inference has no image: the truth is NaN everywhere."""
     truth, label = make_case(noise_hu=5.0)
-    assert math.isnan(MEASURES[name](truth, np.full_like(truth, np.nan), label, IDENTITY[name][0]))
+    assert math.isnan(MEASURES[name](Rendering(truth, np.full_like(truth, np.nan), label, IDENTITY[name][0])))
 
 
 def test_label_mean_error_averages_absolute_errors_over_labels():
     truth, label = make_case()
     rendered = truth + 10.0 * (label == CHAMBER) - 30.0 * (label == VESSEL) + 500.0 * (label == 0)
-    assert label_mean_error(rendered, truth, label, [CHAMBER, VESSEL]) == pytest.approx(20.0, abs=1e-3)
-    assert label_mean_error(rendered, truth, label, [CHAMBER, VESSEL, MISSING]) == pytest.approx(20.0, abs=1e-3)
-    assert label_mean_error(rendered, truth, label, [CHAMBER]) == pytest.approx(10.0, abs=1e-3)
+    assert label_mean_error(Rendering(rendered, truth, label, [CHAMBER, VESSEL])) == pytest.approx(20.0, abs=1e-3)
+    assert label_mean_error(Rendering(rendered, truth, label, [CHAMBER, VESSEL, MISSING])) == pytest.approx(
+        20.0, abs=1e-3
+    )
+    assert label_mean_error(Rendering(rendered, truth, label, [CHAMBER])) == pytest.approx(10.0, abs=1e-3)
 
 
 def test_label_mean_error_does_not_see_noise():
     truth, label = make_case()
     checker = 100.0 * (1 - 2 * (np.indices(SHAPE).sum(0) % 2))
-    assert label_mean_error(truth + checker, truth, label, [CHAMBER, VESSEL]) == pytest.approx(0.0, abs=1e-3)
+    assert label_mean_error(Rendering(truth + checker, truth, label, [CHAMBER, VESSEL])) == pytest.approx(0.0, abs=1e-3)
 
 
 def test_wasserstein_of_a_shift_is_the_shift_and_of_a_spread_is_not_zero():
     truth, label = make_case(noise_hu=10.0)
     rendered = truth + 25.0 * (label == CHAMBER) - 5.0 * (label == VESSEL)
-    assert label_wasserstein(rendered, truth, label, [CHAMBER]) == pytest.approx(25.0, rel=1e-4)
-    assert label_wasserstein(rendered, truth, label, [CHAMBER, VESSEL, MISSING]) == pytest.approx(15.0, rel=1e-4)
+    assert label_wasserstein(Rendering(rendered, truth, label, [CHAMBER])) == pytest.approx(25.0, rel=1e-4)
+    assert label_wasserstein(Rendering(rendered, truth, label, [CHAMBER, VESSEL, MISSING])) == pytest.approx(
+        15.0, rel=1e-4
+    )
     structure = make_case()[0]
     # Normal values of SD 10 and 20: |z| * 10 on average, 8.0
-    wider = label_wasserstein(structure + 2 * (truth - structure), truth, label, [CHAMBER])
+    wider = label_wasserstein(Rendering(structure + 2 * (truth - structure), truth, label, [CHAMBER]))
     assert wider == pytest.approx(10 * math.sqrt(2 / math.pi), rel=0.05)
 
 
@@ -103,28 +110,30 @@ def test_wasserstein_does_not_see_where_values_stand():
     truth, label = make_case(noise_hu=10.0)
     rendered = truth.copy()
     rendered[label == CHAMBER] = np.random.default_rng(1).permutation(truth[label == CHAMBER])
-    assert label_wasserstein(rendered, truth, label, [CHAMBER]) == 0.0
+    assert label_wasserstein(Rendering(rendered, truth, label, [CHAMBER])) == 0.0
 
 
 def test_grain_ratio_is_the_factor_of_the_noise():
     truth, label = make_case(noise_hu=10.0)
     structure = make_case()[0]
-    assert grain_ratio(structure + 2 * (truth - structure), truth, label, [CHAMBER]) == pytest.approx(2.0, rel=1e-3)
-    assert grain_ratio(structure, truth, label, [CHAMBER]) == 0.0
+    assert grain_ratio(Rendering(structure + 2 * (truth - structure), truth, label, [CHAMBER])) == pytest.approx(
+        2.0, rel=1e-3
+    )
+    assert grain_ratio(Rendering(structure, truth, label, [CHAMBER])) == 0.0
 
 
 def test_grain_ratio_without_true_grain_is_undefined():
     truth, label = make_case()
     rendered, _ = make_case(noise_hu=10.0)
-    assert math.isnan(grain_ratio(rendered, truth, label, [CHAMBER]))
+    assert math.isnan(grain_ratio(Rendering(rendered, truth, label, [CHAMBER])))
 
 
 def test_contrast_ratio_by_hand():
     """True contrast 350 HU; rendered 175 HU whatever the offset."""
     truth, label = make_case()
-    assert vessel_contrast_ratio(0.5 * truth + 77, truth, label, [VESSEL]) == pytest.approx(0.5)
+    assert vessel_contrast_ratio(Rendering(0.5 * truth + 77, truth, label, [VESSEL])) == pytest.approx(0.5)
     lost = np.where(label == VESSEL, np.float32(-50.0), truth)
-    assert vessel_contrast_ratio(lost, truth, label, [VESSEL]) == pytest.approx(0.0)
+    assert vessel_contrast_ratio(Rendering(lost, truth, label, [VESSEL])) == pytest.approx(0.0)
 
 
 def test_contrast_ignores_partial_volume_lung_and_other_labels():
@@ -134,12 +143,12 @@ def test_contrast_ignores_partial_volume_lung_and_other_labels():
     rendered[ndimage.binary_dilation(vessel, np.ones((3, 3, 3))) & ~vessel] = 900.0
     rendered[label == CHAMBER] = -999.0
     truth[:, 18:], rendered[:, 18:] = -800.0, 700.0
-    assert vessel_contrast_ratio(rendered, truth, label, [VESSEL]) == pytest.approx(1.0)
+    assert vessel_contrast_ratio(Rendering(rendered, truth, label, [VESSEL])) == pytest.approx(1.0)
 
 
 def test_contrast_ratio_without_true_contrast_is_undefined():
     truth, label = make_case()
-    assert math.isnan(vessel_contrast_ratio(truth, np.zeros_like(truth), label, [VESSEL]))
+    assert math.isnan(vessel_contrast_ratio(Rendering(truth, np.zeros_like(truth), label, [VESSEL])))
 
 
 def test_cl_dice_of_half_a_vessel():
@@ -147,28 +156,28 @@ def test_cl_dice_of_half_a_vessel():
     truth, label = make_case()
     rendered = truth.copy()
     rendered[18, 16, 13:21] = -50.0
-    assert vessel_cl_dice(rendered, truth, label, [VESSEL]) == pytest.approx(2 / 3)
+    assert vessel_cl_dice(Rendering(rendered, truth, label, [VESSEL])) == pytest.approx(2 / 3)
 
 
 def test_cl_dice_of_a_lost_vessel_is_zero_and_of_one_just_above_the_threshold_is_one():
     truth, label = make_case()
     for value, expected in ((124.0, 0.0), (126.0, 1.0)):  # half-way between -50 and 300 lies 125
         rendered = np.where(label == VESSEL, np.float32(value), truth)
-        assert vessel_cl_dice(rendered, truth, label, [VESSEL]) == expected
+        assert vessel_cl_dice(Rendering(rendered, truth, label, [VESSEL])) == expected
 
 
 def test_cl_dice_does_not_search_far_from_the_vessel():
     truth, label = make_case()
     rendered = truth.copy()
     rendered[18, 4, 5:21] = 300.0  # a false vessel 12 voxels away
-    assert vessel_cl_dice(rendered, truth, label, [VESSEL]) == 1.0
+    assert vessel_cl_dice(Rendering(rendered, truth, label, [VESSEL])) == 1.0
 
 
 def test_cl_dice_punishes_a_false_branch():
     truth, label = make_case()
     rendered = truth.copy()
     rendered[18, 18, 5:21] = 300.0
-    assert 0.5 < vessel_cl_dice(rendered, truth, label, [VESSEL]) < 0.8
+    assert 0.5 < vessel_cl_dice(Rendering(rendered, truth, label, [VESSEL])) < 0.8
 
 
 def test_half_a_vessel_is_recovered_in_pieces_and_what_is_cut_off_hangs_free():
@@ -178,13 +187,14 @@ def test_half_a_vessel_is_recovered_in_pieces_and_what_is_cut_off_hangs_free():
     rendered = truth.copy()
     rendered[18, 16, 13:17] = -50.0
     measured = {name: MEASURES[f"vessel_{name}"] for name in ("centreline_recovered", "betti_error_0", "attached")}
+    case = Rendering(rendered, truth, label, [VESSEL], touches=[6])
     # 15 links; each end voxel has half a link, so 8 voxels from the start have 7.5, 4 lost ones 4
-    assert measured["centreline_recovered"](rendered, truth, label, [VESSEL]) == pytest.approx(11 / 15)
-    assert measured["betti_error_0"](rendered, truth, label, [VESSEL]) == 1
-    assert measured["attached"](rendered, truth, label, [VESSEL], touches=[6]) == pytest.approx(7 / 10)
-    metric = RenderingMetric("vessel_attached", [VESSEL], touches=[6])
+    assert measured["centreline_recovered"](case) == pytest.approx(11 / 15)
+    assert measured["betti_error_0"](case) == 1
+    assert measured["attached"](case) == pytest.approx(7 / 10)
+    metric = RenderingMetric(["vessel_attached"], thin_labels=[VESSEL], touches=[6])
     metric(torch.from_numpy(rendered[None, None]), batch_of((truth, label)))
-    assert float(metric.aggregate()) == pytest.approx(7 / 10)
+    assert metric.aggregate() == {"vessel_attached": pytest.approx(7 / 10)}
 
 
 def test_mean_absolute_error_by_hand():
@@ -192,8 +202,10 @@ def test_mean_absolute_error_by_hand():
     rendered = truth + 10.0 * (label == CHAMBER) - 30.0 * (label == VESSEL)
     chamber, vessel = (label == CHAMBER).sum(), (label == VESSEL).sum()
     expected = (10.0 * chamber + 30.0 * vessel) / (chamber + vessel)
-    assert mean_absolute_error(rendered, truth, label, [CHAMBER, VESSEL]) == pytest.approx(expected, rel=1e-5)
-    assert mean_absolute_error(rendered, truth, label, [0]) == 0.0
+    assert mean_absolute_error(Rendering(rendered, truth, label, [CHAMBER, VESSEL])) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert mean_absolute_error(Rendering(rendered, truth, label, [0])) == 0.0
 
 
 def test_texture_correlation_tells_a_copy_from_new_noise():
@@ -211,117 +223,79 @@ def batch_of(*cases):
     return torch.stack(truth)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_metric_averages_cases_over_batches_with_its_sign(sign):
+@pytest.mark.parametrize(("measure", "sign"), [("label_mean_error", 1.0), ("label_mean_score", -1.0)])
+def test_metric_averages_cases_over_batches_with_its_sign(measure, sign):
     truth, label = make_case()
-    metric = RenderingMetric("mean_absolute_error", [CHAMBER], sign=sign)
+    metric = RenderingMetric([measure], labels=[CHAMBER])
     rendered = torch.from_numpy(np.stack([truth + 10, truth - 30])[:, None])
-    assert metric(rendered, batch_of((truth, label), (truth, label))).tolist() == [[sign * 10.0], [sign * 30.0]]
+    assert metric(rendered, batch_of((truth, label), (truth, label))).tolist() == [[[sign * 10.0]], [[sign * 30.0]]]
     metric(torch.from_numpy(truth[None, None] + 80), batch_of((truth, label)))
-    assert float(metric.aggregate()) == pytest.approx(sign * 40.0)
+    assert metric.aggregate()[measure] == pytest.approx(sign * 40.0)
     metric.reset()
     metric(rendered[:1], batch_of((truth, label)))
-    assert float(metric.aggregate()) == pytest.approx(sign * 10.0)
+    assert metric.aggregate()[measure] == pytest.approx(sign * 10.0)
 
 
 def test_metric_leaves_undefined_cases_out():
     truth, label = make_case()
-    metric = RenderingMetric("mean_absolute_error", [VESSEL])
+    metric = RenderingMetric(["mean_absolute_error"], labels=[VESSEL])
     without = np.where(label == VESSEL, 0, label)
     rendered = torch.from_numpy(np.stack([truth + 10, truth + 90])[:, None])
     metric(rendered, batch_of((truth, label), (truth, without)))
-    assert float(metric.aggregate()) == pytest.approx(10.0)
+    assert metric.aggregate()["mean_absolute_error"] == pytest.approx(10.0)
 
 
 def test_metric_takes_lists_of_decollated_cases():
     """What MONAI's handlers pass after `decollate_batch`."""
     truth, label = make_case()
-    metric = RenderingMetric("mean_absolute_error", [CHAMBER])
+    metric = RenderingMetric(["mean_absolute_error"], labels=[CHAMBER])
     metric([torch.from_numpy(truth[None] + 5)], [batch_of((truth, label))[0]])
-    assert float(metric.aggregate()) == pytest.approx(5.0)
+    assert metric.aggregate()["mean_absolute_error"] == pytest.approx(5.0)
+
+
+def test_columns_are_the_measures_of_their_labels():
+    """Each measure looks at the labels it is named after: all, thin or homogeneous ones."""
+    truth, label = make_case(noise_hu=5.0)
+    label[18, 16, 3:5] = 6
+    rendered = (truth + np.random.default_rng(1).normal(0, 9, SHAPE) - 40 * (label == VESSEL)).astype(np.float32)
+    metric = RenderingMetric(
+        list(MEASURES), labels=[CHAMBER, VESSEL], thin_labels=[VESSEL], homogeneous_labels=[CHAMBER], touches=[6]
+    )
+    metric(torch.from_numpy(rendered[None, None]), batch_of((truth, label)))
+    for name, found in metric.details().items():
+        labels = {"vessel": [VESSEL], "grain": [CHAMBER]}.get(name.split("_")[0], [CHAMBER, VESSEL])
+        assert found.tolist() == [[np.float32(MEASURES[name](Rendering(rendered, truth, label, labels, [6])))]], name
+
+
+def test_vessels_are_looked_for_and_thinned_once_for_all_columns(monkeypatch):
+    calls = []
+    for module, name in ((of_rendering, "vessel_regions"), (of_labels, "skeleton"), (of_labels, "betti_errors")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
+    truth, label = make_case()
+    label[18, 16, 3:5] = 6
+    measures = [name for name in MEASURES if name.startswith("vessel_")]
+    metric = RenderingMetric(measures, thin_labels=[VESSEL], touches=[6])
+    metric(torch.from_numpy(truth[None, None]), batch_of((truth, label)))
+    assert sorted(calls) == ["betti_errors", "skeleton", "skeleton", "vessel_regions"]
+
+
+def test_lung_is_no_tissue_around_vessels():
+    """The limit is -400 HU, the same as that of the diffusion's regions."""
+    truth, label = make_case()
+    for hu, tissue in ((-399.0, True), (-401.0, False)):
+        assert vessel_regions(np.full_like(truth, hu), label, [VESSEL])[1].any() == tissue
 
 
 def test_unknown_measure_is_refused():
     with pytest.raises(
-        ValueError, match=r"measure: must be one of \['grain_ratio', .*'vessel_contrast_ratio'.*\], got 'psnr'"
+        ValueError, match=r"measures: each must be one of \['grain_ratio', .*'vessel_contrast_ratio'.*\], got 'psnr'"
     ):
-        RenderingMetric("psnr", [1])
+        RenderingMetric(["grain_ratio", "psnr"], labels=[1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_metric_needs_image_and_label(channels):
-    metric = RenderingMetric("mean_absolute_error", [1])
+    metric = RenderingMetric(["mean_absolute_error"], labels=[1])
     with pytest.raises(ValueError, match=r"y: must be \(B, 2, H, W, D\), true image and label"):
         metric(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, channels, 4, 4, 4))
-
-
-def test_topology_metrics_are_means_over_cases_of_one_label():
-    balls, ring, wall = (torch.from_numpy(KNOWN[name][0])[None].long() for name in ("two balls", "torus", "shell"))
-    truth = torch.stack([3 * balls, 3 * ring, 3 * wall])
-    predicted = torch.stack([3 * ring + 5 * balls * (1 - ring), 3 * ring, 3 * balls])
-    for measure, expected in (("betti_error_0", 2 / 3), ("betti_error_1", 1 / 3), ("betti_error_2", 1 / 3)):
-        metric = TopologyMetric(measure, 3)
-        for prediction, reference in zip(predicted, truth, strict=True):
-            metric(prediction[None], reference[None])
-        assert float(metric.aggregate()) == pytest.approx(expected)
-    same = TopologyMetric("cl_dice", 3)
-    same(truth, truth)
-    assert float(same.aggregate()) == 1.0
-
-
-def label_maps(*vessels):
-    """Maps (B, 1, 6, 6, 20): an aorta of label 6, and a vessel of label 9 over given voxels of the line from it."""
-    maps = torch.zeros(len(vessels), 1, 6, 6, 20)
-    maps[:, 0, 3, 3, 0:2] = 6
-    for number, voxels in enumerate(vessels):
-        maps[number, 0, 3, 3, list(voxels)] = 9
-    return maps
-
-
-def test_recovered_and_attached_lengths_are_shares_of_centre_lines():
-    truth, predicted = label_maps(range(2, 18)), label_maps([*range(2, 10), *range(14, 18)])
-    recovered, attached = TopologyMetric("centreline_recovered", 9), TopologyMetric("attached", 9, touches=[6])
-    assert float(recovered(predicted, truth)) == pytest.approx(11 / 15)
-    assert float(attached(predicted, truth)) == pytest.approx(7 / 10)
-    assert float(attached(truth, truth)) == 1.0
-
-
-def test_lengths_are_those_of_the_spacing():
-    """A bend: eight links along the last axis, then four along the first, three times as long."""
-    truth = torch.zeros(1, 1, 20, 4, 20)
-    truth[0, 0, 2, 1, 2:11], truth[0, 0, 3:7, 1, 10] = 9, 9
-    predicted = truth.clone()
-    predicted[0, 0, 3:] = 0
-    metric = TopologyMetric("centreline_recovered", 9, spacing_mm=[3.0, 1.0, 1.0])
-    # skeleton: the corner may be cut, so the share is that of its own links
-    assert float(metric(predicted, truth)) == pytest.approx(8 / 20, abs=0.12)
-    assert float(TopologyMetric("centreline_recovered", 9)(predicted, truth)) == pytest.approx(8 / 12, abs=0.1)
-
-
-def test_empty_masks_are_defined_and_left_out_of_the_mean_where_nothing_can_be_said():
-    empty, whole = label_maps([]), label_maps(range(2, 18))
-    free = whole.where(whole != 6, torch.zeros(()))
-    for measure, touches, cases in (
-        ("centreline_recovered", [], [(empty, whole, 0.0), (whole, empty, math.nan), (empty, empty, math.nan)]),
-        ("attached", [6], [(empty, whole, math.nan), (whole, empty, 1.0), (free, whole, 0.0)]),
-        ("cl_dice", [], [(empty, whole, 0.0), (whole, empty, 0.0), (empty, empty, 1.0)]),
-    ):
-        metric = TopologyMetric(measure, 9, touches=touches)
-        for predicted, truth, expected in cases:
-            assert float(metric(predicted, truth)) == pytest.approx(expected, nan_ok=True), measure
-        assert float(metric.aggregate()) == pytest.approx(np.nanmean([expected for *_, expected in cases]))
-
-
-@pytest.mark.parametrize(("measure", "touches", "words"), [("attached", [], "needs the"), ("cl_dice", [6], "needs no")])
-def test_labels_to_touch_are_given_where_they_are_used(measure, touches, words):
-    with pytest.raises(ValueError, match=rf"touches: '{measure}' {words} ids of labels to touch, got \{touches}"):
-        TopologyMetric(measure, 9, touches=touches)
-    with pytest.raises(ValueError, match=rf"touches: 'vessel_{measure}' {words} ids of labels to touch"):
-        RenderingMetric(f"vessel_{measure}", [9], touches=touches)
-
-
-def test_topology_metrics_refuse_what_they_cannot_compare():
-    with pytest.raises(ValueError, match=r"measure: must be one of \['attached', .* got 'betti'"):
-        TopologyMetric("betti", 3)
-    with pytest.raises(ValueError, match=r"y: must be label maps \(B, 1, H, W, D\)"):
-        TopologyMetric("cl_dice", 3)(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4))

@@ -12,8 +12,8 @@ from custom.geometry.deformation import (
     jacobian_determinant,
     random_velocity,
     sample,
+    sample_labels,
     warp,
-    warp_labels,
 )
 
 SHAPE = (24, 28, 20)
@@ -113,27 +113,44 @@ def test_unknown_mode_is_named():
 # Label maps
 
 
-def test_warp_labels_without_displacement_changes_nothing():
-    labels = torch.randint(0, 5, (2, 1, *SHAPE), generator=seeded(), dtype=torch.uint8)
-    warped = warp_labels(labels, torch.zeros(1, 3, *SHAPE), 5)
-    assert warped.dtype == labels.dtype
-    assert torch.equal(warped, labels)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_labels_read_at_their_own_place_are_unchanged(dtype):
+    labels = torch.randint(0, 5, (2, 1, *SHAPE), generator=seeded()).to(dtype)
+    read = sample_labels(labels, identity_coordinates(SHAPE))
+    assert read.dtype == labels.dtype
+    assert torch.equal(read, labels)
 
 
-def test_warp_labels_chooses_the_label_of_most_linear_weight():
+def test_the_label_of_most_linear_weight_wins():
     labels = torch.randint(0, 4, (1, 1, *SHAPE), generator=seeded())
     field = exponentiate(velocity())
     one_hot = torch.cat([(labels == n).float() for n in range(4)], 1)
-    assert torch.equal(warp_labels(labels, field, 4), warp(one_hot, field).argmax(1, keepdim=True))
+    read = sample_labels(labels, identity_coordinates(SHAPE) + field)
+    assert torch.equal(read, warp(one_hot, field).argmax(1, keepdim=True))
 
 
-def test_warp_labels_of_an_empty_map_is_empty():
-    assert not warp_labels(torch.zeros(1, 1, *SHAPE, dtype=torch.long), velocity(), 3).any()
+def test_labels_of_an_empty_map_are_empty():
+    assert not sample_labels(torch.zeros(1, 1, *SHAPE, dtype=torch.long), identity_coordinates(SHAPE)).any()
 
 
-def test_warp_labels_names_the_range():
-    with pytest.raises(ValueError, match=r"labels 0 \.\. 2, got 0 \.\. 3"):
-        warp_labels(torch.arange(4).view(1, 1, 4, 1, 1).expand(1, 1, 4, 4, 4), torch.zeros(1, 3, 4, 4, 4), 3)
+def test_labels_are_read_on_the_grid_of_the_coordinates_for_each_item():
+    labels = torch.arange(4).view(2, 1, 1, 2, 1).expand(2, 1, 4, 2, 4)
+    axes = (torch.arange(3.0), torch.tensor([0.0, 0.4, 0.6, 9.0]), torch.ones(2))
+    where = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+    expected = torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]).view(2, 1, 1, 4, 1).expand(2, 1, 3, 4, 2)
+    assert torch.equal(sample_labels(labels, where), expected)
+
+
+def test_half_way_between_two_labels_the_lower_id_is_read():
+    labels = torch.tensor([7, 2]).view(1, 1, 2, 1, 1)
+    where = torch.zeros(1, 3, 3, 1, 1)
+    where[0, 0, :, 0, 0] = torch.tensor([0.0, 0.5, 1.0])
+    assert sample_labels(labels, where).flatten().tolist() == [7, 2, 2]
+
+
+def test_label_maps_of_more_channels_are_refused():
+    with pytest.raises(ValueError, match=r"label_map must be \(B, 1, H, W, D\)"):
+        sample_labels(torch.zeros(1, 2, *SHAPE), identity_coordinates(SHAPE))
 
 
 # Random velocities

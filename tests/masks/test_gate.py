@@ -22,10 +22,10 @@ def anatomy_map(chamber=None, vessel=None, wall=None):
     return label
 
 
-def broken(new=None, rules=None, **measured):
+def broken(new=None, gate=None, **measured):
     source = measure_mask(anatomy_map(), STRUCTURES, SPACING)
     anatomy = source if new is None else measure_mask(new, STRUCTURES, SPACING)
-    return rejections(anatomy, source, STRUCTURES, rules or MaskGate(), {**FINE, **measured})
+    return rejections(anatomy, source, STRUCTURES, gate or MaskGate(), {**FINE, **measured})
 
 
 def test_the_source_itself_breaks_nothing():
@@ -62,12 +62,12 @@ def test_each_change_of_anatomy_is_named(new, message):
 )
 def test_each_measure_out_of_its_limit_is_named_and_can_be_switched_off(measured, message):
     assert broken(**measured) == [message]
-    assert broken(rules=replace(MaskGate(), **{message.split(":")[0]: None}), **measured) == []
+    assert broken(gate=replace(MaskGate(), **{message.split(":")[0]: None}), **measured) == []
 
 
 def test_topology_and_attachment_cannot_be_switched_off():
     off = MaskGate(**dict.fromkeys(MaskGate.__dataclass_fields__))
-    assert [line.split(":")[0] for line in broken(anatomy_map(chamber=torus(4, 1)), rules=off)] == ["betti", "touches"]
+    assert [line.split(":")[0] for line in broken(anatomy_map(chamber=torus(4, 1)), gate=off)] == ["betti", "touches"]
 
 
 def test_small_contacts_may_come_and_go():
@@ -114,20 +114,20 @@ def test_mean_dice_is_over_labels_that_either_map_holds():
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("limits", "message"),
     [
-        ({"max_dise": 0.9}, r"rules: \['max_dise'\] do not exist; the rules are \['min_det_jacobian'"),
+        ({"max_dise": 0.9}, r"gate: \['max_dise'\] do not exist; the limits are \['min_det_jacobian'"),
         ({"volume_ratio": [2.0, 0.5]}, r"volume_ratio must be \[lowest, highest\] or null, got \[2.0, 0.5\]"),
         ({"max_dice": [0.5]}, r"max_dice must be a number or null, got \[0.5\]"),
         ({"volume_ratio": 0.5}, r"volume_ratio must be \[lowest, highest\] or null, got 0.5"),
         ({"volume_ratio": [0.5]}, r"volume_ratio must be \[lowest, highest\] or null"),
     ],
 )
-def test_unknown_rules_and_impossible_ranges_are_refused(rules, message):
+def test_unknown_limits_and_impossible_ranges_are_refused(limits, message):
     with pytest.raises(ValueError, match=message):
-        MaskGate.from_config(rules)
+        MaskGate.from_config(limits)
 
 
-def test_rules_from_a_config_keep_the_defaults_they_do_not_name():
-    rules = MaskGate.from_config({"volume_ratio": [0.7, 1.4], "max_dice": None})
-    assert rules == replace(MaskGate(), volume_ratio=(0.7, 1.4), max_dice=None)
+def test_limits_from_a_config_keep_the_defaults_they_do_not_name():
+    gate = MaskGate.from_config({"volume_ratio": [0.7, 1.4], "max_dice": None})
+    assert gate == replace(MaskGate(), volume_ratio=(0.7, 1.4), max_dice=None)

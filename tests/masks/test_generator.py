@@ -12,7 +12,8 @@ from custom.geometry.deformation import jacobian_determinant, warp
 from custom.geometry.topology import betti_numbers
 from custom.geometry.vessels import read_tree, tree_length_mm
 from custom.masks.gate import MaskGate
-from custom.masks.generator import Edits, MaskGenerator, Motion, NotAcceptedError
+from custom.masks.generator import MaskGenerator, NotAcceptedError
+from custom.masks.motion import Edits, Motion
 from custom.masks.preparation import dice, prepare_label_map
 from custom.masks.reference import Reference, fill_nearest, register_neighbour
 from custom.phantom.cohort import make_subject
@@ -108,8 +109,8 @@ def test_each_retry_moves_less(phantoms):
     generator = MaskGenerator(reference, motion=Motion(shrink=0.5))
     lengths = [generator.draw_velocity((0, 0), attempt)[0].norm(dim=1).mean() for attempt in range(3)]
     assert lengths[2] < lengths[1] < lengths[0]
-    rules = replace(MaskGate(), min_det_jacobian=0.6)
-    made = MaskGenerator(reference, motion=Motion(shrink=0.5, retries=8), rules=rules)((0, 0))
+    gate = replace(MaskGate(), min_det_jacobian=0.6)
+    made = MaskGenerator(reference, motion=Motion(shrink=0.5, retries=8), gate=gate)((0, 0))
     assert made.record["retries"] > 0
     assert "min_det_jacobian" in made.record["attempts"][0]["rejected"][0]
     assert made.record["scale"] == 0.5 ** made.record["retries"]
@@ -166,10 +167,10 @@ def test_trees_that_cross_far_from_their_roots_are_severed_and_refused():
     structures = {1: Label("heart"), 2: Label("vessels", components=2, thin=True, touches=(1,))}
     reference = Reference(label, structures, spacing_mm=(1.0, 1.0, 1.0))
     thick = Edits(radius_range=(2.0, 2.0))
-    rules = MaskGate(**dict.fromkeys(MaskGate.__dataclass_fields__))
+    gate = MaskGate(**dict.fromkeys(MaskGate.__dataclass_fields__))
     still = Motion(coarse_mm=0, fine_mm=0, retries=0)
     with pytest.raises(NotAcceptedError, match=r"severed: 0\.\d\d of tree [01] of label 2 are cut off"):
-        MaskGenerator(reference, motion=still, edits=thick, rules=rules)((0, 0))
+        MaskGenerator(reference, motion=still, edits=thick, gate=gate)((0, 0))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_everything_that_was_recorded_is_shown(tmp_path):
     text = open(report(tmp_path), encoding="utf-8").read()
     assert "2 cases accepted, 1 kept apart" in text
     assert "not for clinical use" in text
-    for shown in ("case_0", "case_1", "case_2", "max_score_hu: 9.0, at most 5", "12.50", "0.91", "&quot;seed&quot;: 7"):
+    for shown in ("case_0", "case_1", "case_2", "max_score_hu: 9.0, at most 5", "12.50", "0.91", "&#34;seed&#34;: 7"):
         assert shown in text
     words = re.sub(r"base64,[^\"]+|[Pp]rovenance", "", text)
     assert "nan" not in words.lower()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import TINY, fails_with, other_process_at_work, template_of
 
+from custom.diffusion.transforms import VaryContrastd
 from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.synthesis.cases import synthesis_cases
 
@@ -63,19 +64,20 @@ def calibrate(workflow, cohort, weights, folder, **overrides):
     )
 
 
-def test_a_gate_that_names_few_limits_leaves_the_drawn_contrast_without_ranges(workflow):
-    few, default = (
-        workflow(*CONFIGS, workflow_type="infer", **more).parser for more in ({"gate": {"max_score_hu": 40}}, {})
-    )
-    assert few.get_parsed_content("plausible_hu") == {}
-    assert default.get_parsed_content("plausible_hu") == default.get("gate")["hu_ranges"] != {}
+def test_gate_and_drawn_contrast_have_the_plausible_ranges_of_the_anatomy(workflow):
+    parser = workflow(*CONFIGS, workflow_type="infer").parser
+    ranges = parser.get_parsed_content("labels").plausible_hu
+    assert len(ranges) == 10
+    assert parser.get_parsed_content("gate")["plausible_hu"] == ranges
+    drawn = next(part for part in parser.get_parsed_content("appearance") if isinstance(part, VaryContrastd))
+    assert drawn.plausible_hu == {k: tuple(map(float, v)) for k, v in ranges.items()}
 
 
 def test_contrast_varies_in_synthesis_and_not_in_calibration(workflow):
     """Calibration compares with true images, which are not varied."""
     varied, truth = (workflow(*CONFIGS, *more, workflow_type="infer").parser for more in ((), ("calibrate.json",)))
-    shifts = varied["label_shift_hu"]
-    assert len(shifts) == len(varied["label_names"])
+    shifts = varied.get_parsed_content("label_shift_hu")
+    assert len(shifts) == varied.get_parsed_content("labels").num_labels
     assert shifts[0] == 0, "the background stays"
     assert min(shifts[1:]) > 0
     assert varied["contrast_shift_hu"] > 0
@@ -186,18 +188,18 @@ def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
     measures = examine(image, label, template_statistics=table(means), template=None, thin_labels=[9])
     assert np.isnan(measures["vessel_contrast"])
     assert np.isnan(measures["vessel_continuity"])
-    assert rejections(measures, 5.0, ImageGate.from_config({"hu_ranges": None})) == []
+    assert rejections(measures, 5.0, ImageGate.from_config({"plausible_hu": None})) == []
 
 
 def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
     calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
     settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    settings["gate#hu_ranges"] = {"3": [900, 1000]}
+    settings["gate#plausible_hu"] = {"3": [900, 1000]}
     run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
     listed = json.loads((tmp_path / "out/datalist.json").read_text())
     assert listed["training"] == []
     for item in listed["rejected"]:
-        assert item["reasons"][0].startswith("hu_ranges: label 3 has ")
+        assert item["reasons"][0].startswith("plausible_hu: label 3 has ")
         assert (tmp_path / "out" / item["image"]).is_file()
         assert item["image"].startswith("rejected/images/")
 
@@ -304,9 +306,15 @@ def test_faint_broken_and_copied_images_are_named():
     measures = examine(
         image + noise, label, template_statistics=table(MEANS), template=(image + noise, label), thin_labels=[9]
     )
-    gate = ImageGate(hu_ranges={3: (500.0, 600.0)}, max_score_hu=3.0)
+    gate = ImageGate(plausible_hu={3: (500.0, 600.0)}, max_score_hu=3.0)
     names = [line.split(":")[0] for line in rejections(measures, 5.0, gate)]
-    assert names == ["hu_ranges", "min_vessel_contrast", "min_vessel_continuity", "max_template_copy", "max_score_hu"]
+    assert names == [
+        "plausible_hu",
+        "min_vessel_contrast",
+        "min_vessel_continuity",
+        "max_template_copy",
+        "max_score_hu",
+    ]
     off = ImageGate(None, None, {}, None, None, None, None)
     assert rejections(measures, 5.0, off) == []
 
@@ -353,4 +361,4 @@ def test_a_label_off_its_template_is_named():
 def test_unknown_limits_are_refused():
     with pytest.raises(ValueError, match=r"gate: \['max_scor'\] do not exist; the limits are \['max_label_error_hu'"):
         ImageGate.from_config({"max_scor": 3})
-    assert ImageGate.from_config({"hu_ranges": {"3": [1, 2]}}).hu_ranges == {3: (1.0, 2.0)}
+    assert ImageGate.from_config({"plausible_hu": {"3": [1, 2]}}).plausible_hu == {3: (1.0, 2.0)}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from custom.segmentation.cases import pretraining_cases
-from custom.volumes.cases import case_name, check_files, load_cases, pending, rendering_cases
+from custom.volumes.cases import case_name, check_files, check_names, load_cases, rendering_cases, unfinished
 
 
 @pytest.fixture
@@ -195,15 +195,36 @@ def test_missing_masks_and_templates_are_named_at_once(folder, templates):
     assert all(str(folder / name) in str(caught.value) for name in ("no_mask.nii", "no_template.nii"))
 
 
-def test_pending_are_the_cases_without_a_complete_result(tmp_path):
+def test_unfinished_are_the_cases_without_a_complete_result(tmp_path):
     cases = [{"case": name} for name in ("done", "partial", "other_ending", "folder", "new")]
     (tmp_path / "done.nii.gz").touch()
     (tmp_path / ".partial_7_partial.nii.gz").touch()
     (tmp_path / "other_ending.png").touch()
     (tmp_path / "folder.nii.gz").mkdir()
-    assert [case["case"] for case in pending(cases, str(tmp_path))] == ["partial", "other_ending", "folder", "new"]
-    assert [case["case"] for case in pending(cases[2:], str(tmp_path), ".png")] == ["folder", "new"]
+    assert [case["case"] for case in unfinished(cases, str(tmp_path))] == ["partial", "other_ending", "folder", "new"]
+    none = unfinished(cases, str(tmp_path), done=lambda case, folder: case["case"] != "new" and folder == str(tmp_path))
+    assert [case["case"] for case in none] == ["new"]
 
 
-def test_everything_is_pending_in_a_folder_that_does_not_exist_yet(tmp_path):
-    assert pending([{"case": "a"}], str(tmp_path / "new")) == [{"case": "a"}]
+def test_everything_is_unfinished_in_a_folder_that_does_not_exist_yet(tmp_path):
+    assert unfinished([{"case": "a"}], str(tmp_path / "new")) == [{"case": "a"}]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_shards_share_the_cases_out_and_leave_none(tmp_path, shards):
+    cases = [{"case": str(number)} for number in range(5)]
+    parts = [unfinished(cases, str(tmp_path), shard=k, shards=shards) for k in range(shards)]
+    assert sorted(case["case"] for part in parts for case in part) == list("01234")
+
+
+@pytest.mark.parametrize(("shard", "shards"), [(2, 2), (-1, 3)])
+def test_a_shard_that_does_not_exist_is_refused(tmp_path, shard, shards):
+    with pytest.raises(ValueError, match=f"shard: must be 0 to {shards - 1} of {shards} shards, got {shard}"):
+        unfinished([], str(tmp_path), shard=shard, shards=shards)
+
+
+def test_cases_of_one_name_are_refused():
+    with pytest.raises(
+        ValueError, match=r"masks: file names must differ, they give \['a'\] more than once; rename them"
+    ):
+        check_names([{"case": "a"}, {"case": "b"}, {"case": "a"}], "masks")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose
 
 import custom
 from custom.checks import check_version
-from custom.volumes.reading import CheckVolumesd, LoadVolumesd, file_of
+from custom.volumes.reading import CheckVolumesd, LoadConfidenced, LoadVolumesd, file_of, reading
 
 SHAPE = (6, 5, 7)
 LARGER = (17, 16, 15)
@@ -257,3 +258,106 @@ def test_parts_of_another_version_are_refused():
         ValueError, match=r"custom: version .* was imported from .*custom, .* needs custom_version 99.0"
     ):
         check_version(needed="99.0")
+
+
+# Confidence
+
+
+def confidence_file(folder, values, affine=None):
+    path = folder / "confidence.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(values, np.float32), np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+def label_item(shape=(5, 6, 7), **more):
+    return {"label": MetaTensor(torch.zeros(1, *shape), affine=torch.eye(4)), **more}
+
+
+def test_confidence_is_read_on_the_grid_of_the_label(tmp_path):
+    values = np.random.default_rng(0).random((5, 6, 7))
+    item = LoadConfidenced()(label_item(confidence=confidence_file(tmp_path, values)))
+    np.testing.assert_allclose(item["confidence"][0], values, atol=1e-6)
+
+
+def test_a_case_without_confidence_is_trusted_everywhere_on_the_grid_of_its_label():
+    affine = torch.diag(torch.tensor([2.0, 3, 4, 1])).double()
+    item = LoadConfidenced()({"label": MetaTensor(torch.zeros(1, 5, 6, 7), affine=affine)})
+    assert bool((item["confidence"] == 1).all())
+    torch.testing.assert_close(item["confidence"].affine, affine)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_confidence_out_of_range_is_refused_with_its_file(tmp_path, value):
+    values = np.full((5, 6, 7), 0.5)
+    values[2, 3, 4] = value
+    with pytest.raises(ValueError, match=r"confidence.nii.gz: confidence must lie between 0 and 1"):
+        LoadConfidenced()(label_item(confidence=confidence_file(tmp_path, values)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine"), [((5, 6, 8), np.eye(4)), ((5, 6, 7), np.diag([1, 1, 2, 1.0]))], ids=["size", "affine"]
+)
+def test_confidence_on_another_grid_is_refused(tmp_path, shape, affine):
+    with pytest.raises(ValueError, match=r"confidence.nii.gz: they must share one grid"):
+        LoadConfidenced()(label_item(confidence=confidence_file(tmp_path, np.ones(shape), affine)))
+
+
+def test_confidence_of_several_channels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"confidence.nii.gz: confidence must be one volume, got 2 channels"):
+        LoadConfidenced()(label_item(confidence=confidence_file(tmp_path, np.ones((5, 6, 7, 2)))))
+
+
+# The chain from files to volumes of the model
+
+
+@pytest.fixture
+def case(tmp_path):
+    """Image, label (with an id to drop) and confidence at 2 mm in LPS."""
+    affine = np.diag([-2.0, -2.0, 2.0, 1.0])
+    label = np.zeros((8, 9, 10), np.uint8)
+    label[2:6, 2:6, 2:6], label[0, 0, 0] = 1, 11
+    image = np.where(label == 1, 300, -500).astype(np.int16)
+    trust = np.linspace(0, 1, label.size, dtype=np.float32).reshape(label.shape)
+    for name, values in (("image", image), ("label", label), ("confidence", trust)):
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / f"{name}.nii.gz")
+    return {name: str(tmp_path / f"{name}.nii.gz") for name in ("image", "label", "confidence")}
+
+
+def chain(**changes):
+    options = {"pairs": [["image", "label"]], "num_labels": 2, "label_mapping": {"from": [11], "to": [0]}}
+    return Compose(reading(**{**options, "spacing_mm": [1.0, 1.0, 1.0], **changes}))
+
+
+def test_volumes_come_in_ras_and_spacing_with_labels_renumbered_and_not_mixed(case):
+    item = chain(confidence=True)(case)
+    for key in ("image", "label", "confidence"):
+        np.testing.assert_allclose(item[key].pixdim, 1.0)
+        assert item[key].shape == item["label"].shape == (1, 15, 17, 19)
+        assert (np.diag(item[key].affine)[:3] > 0).all()
+    assert item["label"].unique().tolist() == [0, 1]
+    assert len(item["image"].unique()) > 2  # linear
+    assert len(item["confidence"].unique()) > 700
+
+
+def test_what_is_not_resampled_stays_as_it_was_read(case):
+    item = chain(resampled=["image"])(case)
+    assert item["label"].shape == (1, 8, 9, 10)
+    assert item["image"].shape == (1, 15, 17, 19)
+    assert isinstance(item["confidence"], str), "not asked for"
+
+
+def test_without_spacing_only_the_axes_are_turned(case):
+    item = chain(spacing_mm=None)(case)
+    assert item["image"].shape == (1, 8, 9, 10)
+    np.testing.assert_allclose(item["image"].pixdim, 2.0)
+
+
+def test_a_label_map_alone_and_no_renumbering(case):
+    item = chain(pairs=[], labels=["label"], label_mapping={"from": [], "to": []}, num_labels=12)(case)
+    assert item["label"].unique().tolist() == [0, 1, 11]
+
+
+def test_the_chain_checks_before_it_resamples(case):
+    with pytest.raises(RuntimeError) as caught:
+        chain(label_mapping={"from": [5], "to": [0]})(case)
+    assert "label ids [11] are not in the label map 0 to 1" in str(caught.value.__cause__)

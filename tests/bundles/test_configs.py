@@ -1,0 +1,58 @@
+"""What configs of both bundles share is the same, and they read like a description."""
+
+import json
+
+import package
+import pytest
+from helpers import BUNDLE, SEG_BUNDLE
+
+COMPLETE = [BUNDLE / "configs" / name for name in ("train.json", "inference.json", "generate_masks.json")]
+COMPLETE += [SEG_BUNDLE / "configs" / name for name in ("train.json", "inference.json")]
+CONFIGS = [path for bundle in package.bundles() for path in sorted((bundle / "configs").glob("*.json"))]
+
+
+def name_of(path):
+    return f"{path.parents[1].name}/{path.name}"
+
+
+@pytest.mark.parametrize("block", ["anatomy", "label_mapping", "spacing_mm"])
+def test_the_label_map_is_one_table_in_every_complete_config(block):
+    values = [json.loads(path.read_text())[block] for path in COMPLETE if path.name != "generate_masks.json"]
+    if block != "spacing_mm":  # masks keep that of their reference
+        values.append(json.loads(COMPLETE[2].read_text())[block])
+    assert all(value == values[0] for value in values)
+
+
+@pytest.mark.parametrize("name", ["multi_gpu_train.json", "logging.conf"])
+def test_files_that_stand_in_both_bundles_are_the_same(name):
+    first, second = ((bundle / "configs" / name).read_bytes() for bundle in (BUNDLE, SEG_BUNDLE))
+    assert first == second
+
+
+def test_metadata_agree_on_versions_of_packages():
+    first, second = (json.loads((bundle / "configs/metadata.json").read_text()) for bundle in (BUNDLE, SEG_BUNDLE))
+    same = ("custom_version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version")
+    assert all(first[key] == second[key] for key in same)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.name != "metadata.json"], ids=name_of)
+def test_no_line_of_a_config_is_longer_than_120_characters(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=name_of)
+def test_precision_is_an_option_at_the_top_and_off(path):
+    config = json.loads(path.read_text())
+    if path.name == "generate_masks.json":
+        assert "amp" not in config, "no network runs here"
+    else:
+        assert config["amp"] is False
+        assert list(config).index("amp") < list(config).index("anatomy")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_no_list_of_labels_stands_beside_the_table(path):
+    """Every list of label ids or of values by label is a column of `anatomy`."""
+    gone = {"label_names", "nominal_hu", "thin_labels", "alignment_labels", "structures", "class_weights"}
+    gone |= {"hu_ranges", "vessel_origins", "plausible_hu"}
+    assert not gone & set(json.loads(path.read_text()))

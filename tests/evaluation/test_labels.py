@@ -1,0 +1,198 @@
+"""Measures of label maps: means over cases and labels, lengths in mm, what is empty, and what is computed once."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from shapes import KNOWN
+
+from custom.evaluation.labels import MASK_MEASURES, SurfaceMetric, TopologyMetric
+from custom.geometry import centrelines, topology
+
+
+def value(metric, predicted, truth):
+    """The one column of the one label of one case."""
+    return float(metric(predicted, truth)[0, 0, 0])
+
+
+def test_topology_metrics_are_means_over_cases_of_one_label():
+    balls, ring, wall = (torch.from_numpy(KNOWN[name][0])[None].long() for name in ("two balls", "torus", "shell"))
+    truth = torch.stack([3 * balls, 3 * ring, 3 * wall])
+    predicted = torch.stack([3 * ring + 5 * balls * (1 - ring), 3 * ring, 3 * balls])
+    metric = TopologyMetric(["betti_error_0", "betti_error_1", "betti_error_2"], labels=[3])
+    for prediction, reference in zip(predicted, truth, strict=True):
+        metric(prediction[None], reference[None])
+    assert metric.aggregate() == pytest.approx({"betti_error_0": 2 / 3, "betti_error_1": 1 / 3, "betti_error_2": 1 / 3})
+    same = TopologyMetric(["cl_dice"], thin_labels=[3])
+    same(truth, truth)
+    assert same.aggregate() == {"cl_dice": 1.0}
+
+
+def test_topology_of_several_labels_has_a_row_each():
+    truth = torch.zeros(1, 1, 9, 9, 9)
+    truth[..., 2:4, 2:4, 2:4], truth[..., 6:8, 6:8, 6:8] = 1, 2
+    prediction = truth.clone()
+    prediction[..., 0, 0, 8] = 2
+    metric = TopologyMetric(["betti_error_0"], labels=[1, 2])
+    metric(prediction, truth)
+    assert metric.details()["betti_error_0"].tolist() == [[0.0, 1.0]]
+    assert metric.aggregate() == {"betti_error_0": 0.5}
+
+
+def label_maps(*vessels):
+    """Maps (B, 1, 6, 6, 20): an aorta of label 6, and a vessel of label 9 over given voxels of the line from it."""
+    maps = torch.zeros(len(vessels), 1, 6, 6, 20)
+    maps[:, 0, 3, 3, 0:2] = 6
+    for number, voxels in enumerate(vessels):
+        maps[number, 0, 3, 3, list(voxels)] = 9
+    return maps
+
+
+def test_recovered_and_attached_lengths_are_shares_of_centre_lines():
+    truth, predicted = label_maps(range(2, 18)), label_maps([*range(2, 10), *range(14, 18)])
+    recovered = TopologyMetric(["centreline_recovered"], thin_labels=[9])
+    attached = TopologyMetric(["attached"], thin_labels=[9], touches=[6])
+    assert value(recovered, predicted, truth) == pytest.approx(11 / 15)
+    assert value(attached, predicted, truth) == pytest.approx(7 / 10)
+    assert value(attached, truth, truth) == 1.0
+
+
+def test_lengths_are_those_of_the_spacing():
+    """A bend: eight links along the last axis, then four along the first, three times as long."""
+    truth = torch.zeros(1, 1, 20, 4, 20)
+    truth[0, 0, 2, 1, 2:11], truth[0, 0, 3:7, 1, 10] = 9, 9
+    predicted = truth.clone()
+    predicted[0, 0, 3:] = 0
+    metric = TopologyMetric(["centreline_recovered"], thin_labels=[9], spacing_mm=[3.0, 1.0, 1.0])
+    # skeleton: the corner may be cut, so the share is that of its own links
+    assert value(metric, predicted, truth) == pytest.approx(8 / 20, abs=0.12)
+    in_voxels = TopologyMetric(["centreline_recovered"], thin_labels=[9])
+    assert value(in_voxels, predicted, truth) == pytest.approx(8 / 12, abs=0.1)
+    of_file = MetaTensor(truth, affine=torch.diag(torch.tensor([3.0, 1.0, 1.0, 1.0])))
+    assert value(in_voxels, predicted, of_file) == value(metric, predicted, truth)
+
+
+def test_empty_masks_are_defined_and_left_out_of_the_mean_where_nothing_can_be_said():
+    empty, whole = label_maps([]), label_maps(range(2, 18))
+    free = whole.where(whole != 6, torch.zeros(()))
+    for measure, touches, cases in (
+        ("centreline_recovered", [], [(empty, whole, 0.0), (whole, empty, math.nan), (empty, empty, math.nan)]),
+        ("attached", [6], [(empty, whole, math.nan), (whole, empty, 1.0), (free, whole, 0.0)]),
+        ("cl_dice", [], [(empty, whole, 0.0), (whole, empty, 0.0), (empty, empty, 1.0)]),
+    ):
+        metric = TopologyMetric([measure], thin_labels=[9], touches=touches)
+        for predicted, truth, expected in cases:
+            assert value(metric, predicted, truth) == pytest.approx(expected, nan_ok=True), measure
+        assert metric.aggregate()[measure] == pytest.approx(np.nanmean([expected for *_, expected in cases]))
+
+
+def test_columns_are_those_of_metrics_of_one_measure_each():
+    """Centre lines are compared for the thin label only, the rest of their column is NaN and left out of the mean."""
+    truth, predicted = label_maps(range(2, 18), range(2, 9)), label_maps([*range(2, 10), *range(14, 18)], [])
+    together = TopologyMetric(list(MASK_MEASURES), labels=[6, 9], thin_labels=[9], touches=[6])
+    together(predicted, truth)
+    assert torch.as_tensor(together.get_buffer()).shape == (2, 2, 6)
+    for measure in MASK_MEASURES:
+        thin = not measure.startswith("betti")
+        labels = {"thin_labels": [9]} if thin else {"labels": [6, 9]}
+        alone = TopologyMetric([measure], **labels, touches=[6] if measure == "attached" else [])
+        alone(predicted, truth)
+        own, column = alone.details()[measure], together.details()[measure]
+        torch.testing.assert_close(column[:, 1:] if thin else column, own, rtol=0, atol=0, equal_nan=True)
+        assert not thin or bool(column[:, 0].isnan().all())
+        assert together.aggregate()[measure] == alone.aggregate()[measure]
+
+
+def test_a_label_map_without_thin_labels_has_nothing_to_measure():
+    metric = TopologyMetric(["cl_dice"])
+    metric(torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4))
+    assert math.isnan(metric.aggregate()["cl_dice"])
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Function(module, name) -> list that grows by one with every call of it, from wherever."""
+
+    def start(module, name):
+        function, calls = getattr(module, name), []
+
+        def counted(*args):
+            calls.append(args)
+            return function(*args)
+
+        for place in ("custom.evaluation.labels", module.__name__):
+            monkeypatch.setattr(f"{place}.{name}", counted, raising=False)
+        return calls
+
+    return start
+
+
+def test_betti_numbers_and_skeletons_are_computed_once_for_all_columns(count_calls):
+    numbers, lines = count_calls(topology, "betti_numbers"), count_calls(centrelines, "skeleton")
+    truth, predicted = label_maps(range(2, 18), range(2, 9)), label_maps(range(2, 10), range(3, 9))
+    TopologyMetric(list(MASK_MEASURES), labels=[6, 9], thin_labels=[9], touches=[6])(predicted, truth)
+    assert len(numbers) == 2 * 2 * 2  # cases, labels, prediction and truth
+    assert len(lines) == 2 * 2  # cases, prediction and truth of the thin label
+    TopologyMetric(["betti_error_1"], labels=[9])(predicted, truth)
+    assert len(lines) == 2 * 2  # what no column needs is left
+
+
+def test_vessels_that_come_from_nothing_are_neither_attached_nor_loose():
+    vessel = torch.zeros(1, 1, 9, 9, 9)
+    vessel[..., 4, 4, :] = 9
+    metric = TopologyMetric(["cl_dice", "attached"], thin_labels=[9])
+    metric(vessel, vessel)
+    means = metric.aggregate()
+    assert means["cl_dice"] == 1
+    assert math.isnan(means["attached"])
+
+
+def test_topology_metrics_refuse_what_they_cannot_compare():
+    with pytest.raises(ValueError, match=r"measures: each must be one of \['attached', .* got 'betti'"):
+        TopologyMetric(["cl_dice", "betti"], labels=[3])
+    with pytest.raises(ValueError, match=r"y: must be label maps \(B, 1, H, W, D\)"):
+        TopologyMetric(["cl_dice"], thin_labels=[3])(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4))
+
+
+def boxes(first, second):
+    """Two label maps of one box of label 1 each, given as slices."""
+    maps = torch.zeros(2, 1, 1, 24, 12, 12)
+    maps[0][(..., *first)] = 1
+    maps[1][(..., *second)] = 1
+    return maps
+
+
+def test_surface_distances_are_in_millimetres_of_the_case():
+    """A box moved by 3 voxels of 2 mm along the first axis; the other axes have other voxels."""
+    inside = slice(3, 9)
+    prediction, truth = boxes((slice(3, 9), inside, inside), (slice(6, 12), inside, inside))
+    truth = MetaTensor(truth, affine=torch.diag(torch.tensor([2.0, 0.5, 5.0, 1.0])))
+    for tolerance_mm, all_within in ((6.1, True), (5.9, False)):
+        metric = SurfaceMetric(2, tolerance_mm=tolerance_mm)
+        metric(prediction, truth)
+        assert metric.aggregate()["hd95_mm"] == pytest.approx(6.0)
+        assert (metric.aggregate()["nsd"] == 1.0) is all_within
+
+
+def test_a_label_that_one_map_lacks_has_no_distance():
+    inside = slice(3, 9)
+    prediction, truth = boxes((inside, inside, inside), (inside, inside, inside))
+    metric = SurfaceMetric(3, tolerance_mm=1.0)
+    prediction[0, 0, 0, 0, 0] = 2
+    metric(prediction, MetaTensor(truth, affine=torch.eye(4)))
+    assert metric.details()["hd95_mm"].tolist() == [[0.0, pytest.approx(float("nan"), nan_ok=True)]]
+    assert metric.aggregate()["hd95_mm"] == 0
+    assert metric.details()["nsd"][0, 1] == 0, "a surface that has no counterpart is not found"
+    with pytest.raises(ValueError, match="must be a label map"):
+        metric(prediction, truth)
+
+
+def test_a_label_that_both_maps_lack_is_left_out():
+    inside = slice(3, 9)
+    prediction, truth = boxes((inside, inside, inside), (inside, inside, inside))
+    metric = SurfaceMetric(3, tolerance_mm=1.0)
+    metric(prediction, MetaTensor(truth, affine=torch.eye(4)))
+    assert all(bool(values[0, 1].isnan()) for values in metric.details().values())
+    assert metric.aggregate() == {"hd95_mm": 0.0, "nsd": 1.0}

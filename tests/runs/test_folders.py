@@ -1,0 +1,158 @@
+"""A folder belongs to one run, which its options determine."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from helpers import ROOT, other_process_at_work
+from monai.bundle import ConfigParser
+
+from custom.runs.folders import claim_folder, lock_folder, unlock_folder
+
+
+@dataclass
+class Options:
+    lengths_mm: tuple[float, float]
+    name: str
+
+
+def claim(folder, **provenance):
+    return claim_folder(str(folder), name="run.json", provenance=provenance)
+
+
+def test_the_same_run_goes_on_and_gets_the_same_provenance(tmp_path):
+    first = claim(tmp_path / "new", seed=0, options=Options((1.0, 2.0), "x"))
+    (tmp_path / "new" / "result.nii.gz").write_bytes(b"")
+    assert claim(tmp_path / "new", seed=0, options=Options((1.0, 2.0), "x")) == first
+    assert first["config_hash"] == json.loads((tmp_path / "new/run.json").read_text())["config_hash"]
+
+
+def test_another_run_is_refused_and_told_what_differs(tmp_path):
+    claim(tmp_path, seed=0, options=Options((1.0, 2.0), "x"))
+    with pytest.raises(
+        ValueError, match=r"run.json belongs to another run \(seed: 0 there, 1 now\); repeat its options"
+    ):
+        claim(tmp_path, seed=1, options=Options((1.0, 2.0), "x"))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file; choose a folder"):
+        claim(tmp_path / "file", seed=0)
+
+
+def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.docx, ...\) and no run.json"):
+        claim(tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_a_second_run_into_one_folder_is_refused_until_the_first_is_gone_however_it_ends(tmp_path):
+    with other_process_at_work(tmp_path) as other:
+        busy = rf"output_dir .*: process {other.pid} on \S+ is at work on part 0 of this run; wait until it has ended"
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=busy):
+                lock_folder(str(tmp_path))
+        lock_folder(str(tmp_path), shard=1)  # another part
+        unlock_folder(str(tmp_path), shard=1)
+        other.kill()
+        other.wait()
+        lock_folder(str(tmp_path))  # nothing to clean up, although the worker of the other run still lives
+        unlock_folder(str(tmp_path))
+
+
+def test_a_lock_is_kept_by_its_process_until_it_is_given_back(tmp_path):
+    lock_folder(str(tmp_path))
+    lock_folder(str(tmp_path))  # the same process goes on
+
+    def exit_code():
+        take = "import sys; from custom.runs.folders import lock_folder; lock_folder(sys.argv[1])"
+        return subprocess.run([sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, capture_output=True).returncode
+
+    assert exit_code() == 1
+    unlock_folder(str(tmp_path))
+    unlock_folder(str(tmp_path))
+    assert exit_code() == 0
+
+
+def test_a_locked_folder_can_still_be_claimed(tmp_path):
+    lock_folder(str(tmp_path))
+    assert claim(tmp_path, seed=0)["seed"] == 0
+    unlock_folder(str(tmp_path))
+
+
+# A run as a config describes it
+
+CONFIG = {
+    "output_dir": "out",
+    "workers": 3,
+    "seed": 5,
+    "gate": {"max_dice": 0.9, "range": "$[1, @seed]"},
+    "spacing_mm": None,
+    "unused": 7,
+    "listed": ["a.nii.gz"],
+    "loader": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": "@seed", "kernel_size": 1},
+    "used": "$(@output_dir, @workers, @gate, @spacing_mm, @listed, @loader)",
+    "folder": {
+        "_target_": "custom.runs.RunFolder",
+        "output_dir": "@output_dir",
+        "record": "run.json",
+        "resolved": "$__local_refs",
+        "leave_out": ["listed", "used"],
+        "inputs": {"templates": "$[{'image': @image}]"},
+        "known": {"version": "1.0"},
+    },
+}
+
+
+def folder_of(tmp_path, **changes):
+    """The folder of a run, after what the run is made of has been resolved."""
+    (tmp_path / "image.nii.gz").write_bytes(b"voxels")
+    more = {"output_dir": str(tmp_path / "out"), "image": str(tmp_path / "image.nii.gz")}
+    parser = ConfigParser(CONFIG | more | changes)
+    folder = parser.get_parsed_content("folder")
+    parser.get_parsed_content("used")
+    return folder
+
+
+def test_provenance_is_all_options_that_were_used_but_for_places_and_names_left_out(tmp_path):
+    with folder_of(tmp_path) as provenance:
+        assert (tmp_path / "out/.shard_0.lock").exists()
+    assert provenance["seed"] == 5
+    assert provenance["gate"] == {"max_dice": 0.9, "range": [1, 5]}
+    assert provenance["version"] == "1.0"
+    assert list(provenance["templates"]) == [str(tmp_path / "image.nii.gz")]
+    assert not {"output_dir", "workers", "unused", "listed", "loader", "used", "folder"} & set(provenance)
+    assert json.loads((tmp_path / "out/run.json").read_text()) == provenance
+
+
+def test_another_option_or_another_input_is_another_run_and_another_number_of_workers_is_not(tmp_path):
+    with folder_of(tmp_path) as first:
+        pass
+    with folder_of(tmp_path, workers=8) as again:
+        assert again == first
+    with (
+        pytest.raises(ValueError, match=r"belongs to another run \(gate: .*; seed: 5 there, 6 now\)"),
+        folder_of(tmp_path, seed=6),
+    ):
+        pass
+    folder = folder_of(tmp_path)
+    (tmp_path / "image.nii.gz").write_bytes(b"others")
+    with pytest.raises(ValueError, match="belongs to another run .templates: "), folder:
+        pass
+
+
+def test_nothing_is_claimed_before_the_work_begins_and_the_lock_ends_with_it(tmp_path):
+    folder = folder_of(tmp_path)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RuntimeError, match="amid the work"), folder:
+        raise RuntimeError("amid the work")
+    with (
+        other_process_at_work(tmp_path / "out") as other,
+        pytest.raises(RuntimeError, match=f"process {other.pid} on .* is at work"),
+        folder,
+    ):
+        pass
