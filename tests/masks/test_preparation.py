@@ -95,7 +95,7 @@ def test_what_cannot_be_prepared_is_refused_by_name(label, structures, message):
 def test_impossible_intents_are_refused():
     with pytest.raises(ValueError, match=r"speck: components must be at least 1, got 0"):
         Label("speck", components=0)
-    with pytest.raises(ValueError, match=r"ring: max_handles must not be negative"):
+    with pytest.raises(ValueError, match=r"ring: handles must not be negative, got -1"):
         Label("ring", handles=-1)
     with pytest.raises(ValueError, match=r"smoothing_mm must not be negative"):
         prepare_label_map(ball(3), {1: CHAMBER}, spacing_mm=SPACING, smoothing_mm=-1)
