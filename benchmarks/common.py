@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import monai
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
-from scipy import ndimage
-
 from custom.runs.weights import LoadWeights
 from custom.volumes.anatomy import Anatomy
+from monai.bundle import ConfigParser
+from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,6 +51,11 @@ def machine() -> dict[str, Any]:
         "monai": monai.__version__,
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])]),
     }
+
+
+def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Metrics of an evaluation but for those that are not defined, which JSON holds as null."""
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def trained_renderer(ckpt_dir: str, **overrides: Any) -> ConfigParser:

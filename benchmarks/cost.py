@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import fire
 import torch
 from common import RESULTS, machine
-from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
 from custom.diffusion.context import Context
 from custom.diffusion.network import StructDiffUNet
 from custom.runs.files import write_json
+from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.networks.schedulers import DDIMScheduler
-
 from custom.diffusion.schedule import listed_timesteps
+from monai.networks.schedulers import DDIMScheduler
 
 
 def ddim_step(

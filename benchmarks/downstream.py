@@ -23,15 +23,14 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from common import ANATOMY, RESULTS, ROOT, edge_bins, machine
-from scipy import ndimage
-from scipy.stats import spearmanr
-
+from common import ANATOMY, RESULTS, ROOT, edge_bins, known, machine
 from custom.diffusion.transforms import VaryContrastd
 from custom.phantom.cohort import make
 from custom.runs.files import write_json
 from custom.volumes.cases import case_name
 from custom.volumes.intensity import label_statistics
+from scipy import ndimage
+from scipy.stats import spearmanr
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +337,7 @@ def segment(work: Path, arm: str, data: Sequence[Mapping[str, Any]], test: str, 
     if arm != REAL_ONLY:
         once(folder / "models/pretrained.pt", pretrain)
     once(folder / "models/model.pt", tune)
-    metrics = json.loads(once(folder / "evaluation/metrics.json", evaluate).read_text())
+    metrics = known(json.loads(once(folder / "evaluation/metrics.json", evaluate).read_text()))
     return {name: metrics.get(key, float("nan")) for name, key in COLUMNS.items()}
 
 

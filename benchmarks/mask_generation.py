@@ -27,10 +27,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from common import PICTURES, RESULTS, ROOT, machine
-from monai.bundle import ConfigParser
-from monai.transforms import Rand3DElastic
-from scipy import ndimage
-
 from custom.geometry.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample
 from custom.geometry.topology import betti_numbers, components_touching, contact_areas
 from custom.geometry.vessels import read_tree, tree_length_mm
@@ -42,6 +38,9 @@ from custom.masks.reference import Reference, register_neighbour
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.pictures import save_mask_sheet
+from monai.bundle import ConfigParser
+from monai.transforms import Rand3DElastic
+from scipy import ndimage
 
 logger = logging.getLogger(__name__)
 

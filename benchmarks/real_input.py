@@ -17,13 +17,12 @@ import nibabel as nib
 import numpy as np
 import torch
 from common import PICTURES, RESULTS, machine, trained_renderer
-from scipy import ndimage
-
 from custom.evaluation.rendering import texture_correlation
 from custom.geometry.deformation import exponentiate, identity_coordinates, random_velocity, sample_labels
 from custom.runs.files import write_json
 from custom.volumes.intensity import label_statistics, noise_sd
 from custom.volumes.pictures import save_sheet
+from scipy import ndimage
 
 CUBE = np.ones((3, 3, 3), dtype=bool)
 LABELS, VESSEL, CHAMBERS = list(range(1, 8)), 9, [2, 3, 4, 5]

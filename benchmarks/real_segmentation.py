@@ -18,10 +18,9 @@ import fire
 import nibabel as nib
 import numpy as np
 from common import PICTURES, RESULTS, machine
-from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, once
-
 from custom.runs.files import file_hash, write_json
 from custom.volumes.pictures import read_ras, save_mask_sheet
+from downstream import LABEL_NAMES, SEGMENTER, absolute, bundle_run, listing, once
 
 OPTIONS = {"spacing_mm": [2.0, 2.0, 2.0], "roi_size": [48, 48, 48], "network_def#init_filters": 8}
 

@@ -24,13 +24,12 @@ import nibabel as nib
 import numpy as np
 import torch
 from common import RESULTS, ROOT, machine
-from monai.bundle import ConfigParser
-from monai.losses import DiceCELoss
-from scipy import ndimage
-
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.segmentation.loss import CALLoss
+from monai.bundle import ConfigParser
+from monai.losses import DiceCELoss
+from scipy import ndimage
 
 BUNDLE = ROOT / "bundles/structdiff_seg_cal"
 SIZE, FIELD_MM, LABELS = 256, 144.0, 11

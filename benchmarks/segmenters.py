@@ -16,10 +16,9 @@ from typing import Any
 
 import fire
 import torch
-from common import RESULTS, machine
-from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, bundle_run, listing, once, phantoms
-
+from common import RESULTS, known, machine
 from custom.runs.files import write_json
+from downstream import COLUMNS, SEGMENTER, SEGMENTER_OPTIONS, bundle_run, listing, once, phantoms
 
 EPOCHS, TRAINING, TEST = 60, 4, 8  # epochs of 16 steps
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -73,7 +72,7 @@ def arm(work: Path, name: str, training: str, test: str) -> dict[str, float]:
         output_dir=folder / "evaluation",
         **shared,
     )
-    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
+    metrics = known(json.loads((folder / "evaluation/metrics.json").read_text()))
     weights = torch.load(folder / "models/model.pt", weights_only=True)
     return {
         **{column: metrics.get(key, float("nan")) for column, key in COLUMNS.items()},

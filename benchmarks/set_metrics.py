@@ -17,11 +17,10 @@ import fire
 import nibabel as nib
 import numpy as np
 from common import RESULTS, TRAIN_CONFIG, machine
-from monai.bundle import ConfigParser
-
 from custom.evaluation.rendering import texture_correlation
 from custom.runs.files import write_json
 from custom.volumes.cases import load_cases
+from monai.bundle import ConfigParser
 
 CONFIGS = TRAIN_CONFIG.parent
 

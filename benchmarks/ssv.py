@@ -22,9 +22,6 @@ import fire
 import numpy as np
 import torch
 from common import RESULTS, ROOT, edge_bins, machine, trained_renderer
-from ddim import ListedDDIMScheduler
-from scipy import ndimage, stats
-
 from custom.confidence.inferers import PredictedVarianceInferer, SkipSamplingInferer
 from custom.confidence.table import tau_table
 from custom.confidence.variance import RunningVariance, confidence, local_mean, sample_score
@@ -39,6 +36,8 @@ from custom.phantom.cohort import make_subject
 from custom.runs.files import file_hash, write_json
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import haar_unpack
+from ddim import ListedDDIMScheduler
+from scipy import ndimage, stats
 
 logger = logging.getLogger(__name__)
 

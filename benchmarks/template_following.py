@@ -16,7 +16,6 @@ import fire
 import numpy as np
 import torch
 from common import PICTURES, RESULTS, machine, trained_renderer
-
 from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json

@@ -22,9 +22,6 @@ import fire
 import numpy as np
 import torch
 from common import ANATOMY, RESULTS, ROOT, TRAIN_CONFIG, machine
-from monai.bundle import ConfigParser
-from monai.utils import set_determinism
-
 from custom.diffusion import sampler, training
 from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.pairs import RandTemplatePaird
@@ -34,6 +31,8 @@ from custom.evaluation.rendering import MEASURES, Rendering, texture_correlation
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.pictures import save_sheet
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MONAI Label with the segmentation bundle in it, asked over HTTP on 127.0.0.1: label names, segmentation on every kind of
-# grid, a corrected label, one epoch of training from it. Installs MONAI Label into .venv-monailabel. Needs no GPU.
+# grid, refusal of images that training refuses, a label of another scan, one epoch of training from it as 3D Slicer asks
+# for it. Installs MONAI Label into .venv-monailabel. Needs no GPU.
 #
 #   bash ci/monailabel.sh [MODEL_PT]
 #
@@ -99,8 +100,8 @@ PYTHONPATH="$bundle" "$python" -m custom.phantom make --output_dir "$work/phanto
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 say "4/4 server: http://127.0.0.1:$port, log in $work/server.log"
 start_server "$port"
-if ! "$python" "$root/ci/monailabel_check.py" "http://127.0.0.1:$port" "$work/phantoms/images/subject_003.nii.gz" \
-    "$work/phantoms/labels/subject_003.nii.gz" "$bundle/models/model.pt" "$configs/metadata.json"; then
+if ! "$python" "$root/ci/monailabel_check.py" "http://127.0.0.1:$port" "$work/phantoms" "$bundle/models/model.pt" \
+    "$configs/metadata.json" "$work/server.log"; then
     tail -n 15 "$work/server.log" >&2
     echo "ci/monailabel.sh: a check failed, it stands above the server's last words; all of them in $work/server.log" >&2
     exit 1

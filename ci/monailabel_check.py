@@ -1,6 +1,6 @@
 """Ask a running MONAI Label server, over HTTP, for all that `ci/monailabel.sh` promises; stop at the first thing amiss.
 
-python ci/monailabel_check.py URL IMAGE LABEL MODEL_PT METADATA_JSON
+python ci/monailabel_check.py URL PHANTOMS MODEL_PT METADATA_JSON SERVER_LOG
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import requests
 import torch
 
 MODEL = "structdiff_seg_cal"
+SEGMENTED, LABELLED = "subject_003", "subject_000"
+"""Phantoms: the one that is segmented on every grid, and another, whose own label trains."""
 TRAINING_TIMEOUT_S = 3600
+LOG_TIMEOUT_S = 20
 logger = logging.getLogger("monailabel_check")
 Volume = tuple[np.ndarray, np.ndarray]
 
@@ -90,8 +93,20 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
     return 2 * float(np.sum((first == second) & (first > 0))) / float(np.sum(first > 0) + np.sum(second > 0))
 
 
-def check_info(url: str, metadata: Path) -> None:
-    """The server has the model and its trainer, and our label names (in small letters) with our ids."""
+def plugin_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the plugin of 3D Slicer sends for the options that the server advertises: all of them, of a list the first.
+
+    As `getParamsFromConfig` in `MONAILabel.py` of MONAI Label 0.8.5.
+    """
+    return {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
+
+
+def check_info(url: str, metadata: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The server has the model and its trainer, and our label names (in small letters) with our ids.
+
+    Returns:
+        what the plugin of 3D Slicer sends to segment and to train.
+    """
     names = json.loads(metadata.read_text())["network_data_format"]["outputs"]["pred"]["channel_def"]
     expected = {name.lower(): int(i) for i, name in names.items() if name != "background"}
     info = call("GET", f"{url}/info/").json()
@@ -102,27 +117,28 @@ def check_info(url: str, metadata: Path) -> None:
     labels = info["models"][MODEL]["labels"]
     demand(list(labels.items()) == list(expected.items()), f"/info/: labels {labels}, expected {expected}")
     logger.info("/info/ names the labels: %s", labels)
+    return plugin_defaults(info["models"][MODEL]["config"]), plugin_defaults(info["trainers"][MODEL]["config"])
 
 
-def infer(url: str, name: str, folder: Path) -> Volume:
+def infer(url: str, name: str, folder: Path, options: dict[str, Any]) -> Volume:
     """Segment a study and return the label that the server sends back."""
-    options = {"params": json.dumps({"result_dtype": "uint8"})}
-    answer = call("POST", f"{url}/infer/{MODEL}", params={"image": name, "output": "image"}, data=options)
+    form = {"params": json.dumps({**options, "result_dtype": "uint8"})}
+    answer = call("POST", f"{url}/infer/{MODEL}", params={"image": name, "output": "image"}, data=form)
     path = folder / f"{name}_label.nii.gz"
     path.write_bytes(answer.content)
     return read(path)
 
 
-def check_inference(url: str, image: Path, truth: Path, folder: Path) -> None:
+def check_inference(url: str, phantoms: Path, folder: Path, options: dict[str, Any]) -> None:
     """The label of every grid lies on the grid of its image, and says the same about the same anatomy."""
-    (data, affine), (true_label, _) = read(image), read(truth)
+    (data, affine), (true_label, _) = (read(phantoms / kind / f"{SEGMENTED}.nii.gz") for kind in ("images", "labels"))
     reference = None
     for name, change in GRIDS.items():
         voxels, grid = change(data, affine)
         path = folder / f"{name}.nii.gz"
         nib.save(nib.Nifti1Image(np.ascontiguousarray(voxels), grid), path)
         upload("PUT", f"{url}/datastore/image", "file", path, image=name)
-        label, label_grid = infer(url, name, folder)
+        label, label_grid = infer(url, name, folder, options)
         demand(label.shape == voxels.shape, f"{name}: label of shape {label.shape}, image of {voxels.shape}")
         off = float(np.abs(label_grid - grid).max())
         demand(off < 1e-3, f"{name}: the label's affine is off by {off:g} mm:\n{label_grid}\nimage:\n{grid}")
@@ -138,22 +154,62 @@ def check_inference(url: str, image: Path, truth: Path, folder: Path) -> None:
         )
 
 
-def check_correction(url: str, truth: Path) -> None:
-    """A corrected label is taken, given back unchanged, and listed for training."""
-    upload("PUT", f"{url}/datastore/label", "label", truth, image="ras", tag="final")
-    answer = call("GET", f"{url}/datastore/label", params={"label": "ras", "tag": "final"})
+def spoiled(data: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
+    """Images that training refuses, with the rule that the server's log must name."""
+    values = data.astype(np.float32)
+    one_nan = values.copy()
+    one_nan[30, 30, 30] = np.nan
+    return {
+        "one_nan": (one_nan, "holds NaN or infinite voxels"),
+        "unsigned": ((values + 1024).clip(0).astype(np.uint16), "are not Hounsfield units"),
+        "two_phases": (np.stack([values, values], -1), "must be one 3D volume"),
+    }
+
+
+def is_said(log: Path, *texts: str) -> bool:
+    """Whether a line of the server's log holds all texts; it is written after the answer is sent."""
+    end = time.monotonic() + LOG_TIMEOUT_S
+    while not (found := any(all(text in line for text in texts) for line in log.read_text().splitlines())):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    return found
+
+
+def check_refusals(url: str, phantoms: Path, folder: Path, log: Path, options: dict[str, Any]) -> None:
+    """What training refuses is not segmented, and the server's log says which file and why; then it goes on."""
+    data, affine = read(phantoms / "images" / f"{SEGMENTED}.nii.gz")
+    for name, (values, rule) in spoiled(data).items():
+        path = folder / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(values, affine), path)
+        upload("PUT", f"{url}/datastore/image", "file", path, image=name)
+        form = {"params": json.dumps(options)}
+        answer = requests.post(f"{url}/infer/{MODEL}", params={"image": name}, data=form, timeout=600)
+        demand(answer.status_code == 500, f"{name}: was segmented, HTTP {answer.status_code}")
+        demand(is_said(log, f"{name}.nii.gz: ", rule), f"{name}: {log} does not name the file with: {rule}")
+        logger.info("%s: refused, %s", name, rule)
+        call("DELETE", f"{url}/datastore/image", params={"id": name})
+
+
+def check_label(url: str, phantoms: Path) -> None:
+    """The label of another scan than the segmented one is taken, given back unchanged, and listed for training."""
+    image, truth = (phantoms / kind / f"{LABELLED}.nii.gz" for kind in ("images", "labels"))
+    upload("PUT", f"{url}/datastore/image", "file", image, image=LABELLED)
+    upload("PUT", f"{url}/datastore/label", "label", truth, image=LABELLED, tag="final")
+    answer = call("GET", f"{url}/datastore/label", params={"label": LABELLED, "tag": "final"})
     with tempfile.NamedTemporaryFile(suffix=".nii.gz") as file:
         Path(file.name).write_bytes(answer.content)
-        demand(np.array_equal(read(Path(file.name))[0], read(truth)[0]), "the corrected label came back changed")
+        demand(np.array_equal(read(Path(file.name))[0], read(truth)[0]), "the label came back changed")
     listed = call("GET", f"{url}/datastore/", params={"output": "train"}).json()
     demand(len(listed) == 1, f"/datastore/: one case is labelled, listed for training are {listed}")
-    logger.info("the corrected label is stored: %s", listed[0]["label"])
+    logger.info("the label of another scan is stored: %s", listed[0]["label"])
 
 
-def check_training(url: str, model: Path) -> None:
-    """One epoch from the corrected label changes the weights and ends well."""
+def check_training(url: str, model: Path, options: dict[str, Any]) -> None:
+    """One epoch from that label changes the weights and ends well, when asked for as the plugin of 3D Slicer asks."""
     before = torch.load(model, weights_only=True)
-    call("POST", f"{url}/train/{MODEL}", json={"max_epochs": 1, "device": "cpu"})
+    logger.info("training is asked for with %s", options)
+    call("POST", f"{url}/train/{MODEL}", json={**options, "max_epochs": 1})
     end = time.monotonic() + TRAINING_TIMEOUT_S
     while (task := call("GET", f"{url}/train/").json())["status"] in ("SUBMITTED", "RUNNING"):
         demand(time.monotonic() < end, f"training did not end within {TRAINING_TIMEOUT_S} s: {task}")
@@ -167,14 +223,17 @@ def check_training(url: str, model: Path) -> None:
     logger.info("one epoch changed %d of %d weight tensors", changed, len(after))
 
 
-def main(url: str, image: str, label: str, model: str, metadata: str) -> None:
+def main(url: str, phantoms: str, model: str, metadata: str, log: str) -> None:
     """All checks, in the order of an annotation session."""
-    with tempfile.TemporaryDirectory() as folder:
-        check_info(url, Path(metadata))
-        check_inference(url, Path(image), Path(label), Path(folder))
-        check_correction(url, Path(label))
-        check_training(url, Path(model))
-        infer(url, "ras", Path(folder))
+    cases = Path(phantoms)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        to_segment, to_train = check_info(url, Path(metadata))
+        check_inference(url, cases, folder, to_segment)
+        check_refusals(url, cases, folder, Path(log), to_segment)
+        check_label(url, cases)
+        check_training(url, Path(model), to_train)
+        infer(url, "ras", folder, to_segment)
     logger.info("the server segments with the new weights; all checks passed")
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import fire
 import torch
-
 from custom.runs.files import replace_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

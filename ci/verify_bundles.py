@@ -21,9 +21,9 @@ from typing import Any
 
 import fire
 import jsonschema
-from bundle_cases import entries, make_data
 from monai.bundle import ConfigWorkflow
 from network_checks import check_network, check_onnx, check_torchscript
+from unit_tests.bundle_cases import entries, make_data
 from unpacked import SCHEMA, Bundle, unpack
 
 REQUIRED_METADATA = (

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BUNDLE, SEG_BUNDLE, workflow_of
-from monai.bundle import ConfigWorkflow
-
 from custom.diffusion.network import StructDiffUNet
 from custom.phantom.cohort import make
+from helpers import BUNDLE, SEG_BUNDLE, workflow_of
+from monai.bundle import ConfigWorkflow
 
 
 @pytest.fixture(scope="session")

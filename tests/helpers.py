@@ -15,12 +15,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
-from scipy import ndimage
-
 from custom.geometry.topology import betti_numbers, components_touching
 from custom.geometry.vessels import VesselTree, draw
 from custom.volumes.anatomy import Anatomy
+from monai.bundle import ConfigWorkflow
+from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,6 +157,55 @@ def assert_kept(new, source, structures):
         for other in structure.touches:
             touching, total = components_touching(new == k, new == other)
             assert touching == total > 0
+
+
+_NAN = ("holds NaN or infinite voxels", "replace them before use")
+_NO_HU = ("are not Hounsfield units", "apply the rescale slope and intercept")
+BAD_IMAGES = {
+    "nan_border": _NAN,
+    "one_nan": _NAN,
+    "infinite": _NAN,
+    "constant": ("every voxel is 40", "a constant image cannot be used"),
+    "uint8": _NO_HU,
+    "unsigned": _NO_HU,
+    "norm01": _NO_HU,
+    "two_phases": ("must be one 3D volume", "split time series"),
+    "metres": ("fewer than 2 of the model's", "correct the spacing in the header (mm)"),
+}
+"""Ways in which users spoil an image: name -> rule and remedy in the message that refuses it."""
+
+
+def write_bad_image(name: str, cohort: Path, path: Path) -> str:
+    """A phantom's image, spoiled in one of the ways of `BAD_IMAGES`."""
+    image = nib.load(cohort / "images/subject_003.nii.gz")
+    hu, affine = np.asarray(image.dataobj).astype(np.float32), image.affine
+    if name == "nan_border":
+        hu[:3] = np.nan
+    elif name in ("one_nan", "infinite"):
+        hu[30, 30, 30] = np.nan if name == "one_nan" else np.inf
+    elif name == "constant":
+        hu[:] = 40
+    elif name == "uint8":
+        hu = np.clip((hu + 200) / 1000 * 255, 0, 255).astype(np.uint8)
+    elif name == "unsigned":
+        hu = (hu + 1024).clip(0).astype(np.uint16)
+    elif name == "norm01":
+        hu = (hu - hu.min()) / (hu.max() - hu.min())
+    elif name == "two_phases":
+        hu = np.stack([hu, hu], -1)
+    elif name == "metres":
+        affine = affine @ np.diag([1e-3, 1e-3, 1e-3, 1])
+    nib.save(nib.Nifti1Image(hu, affine), path)
+    return str(path)
+
+
+def messages_of(error: BaseException | None) -> list[str]:
+    """Messages of an error and of all that caused it, the innermost last."""
+    found = []
+    while error is not None:
+        found.append(str(error))
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def smooth_volume(seed, size=64):

@@ -8,8 +8,8 @@ import stat
 import sys
 from pathlib import Path
 
-from bundle_cases import OPEN_GATE
 from helpers import ROOT, TINY, TINY_TRAINING
+from unit_tests.bundle_cases import OPEN_GATE
 
 PHANTOMS = ["--shape", "58,58,58", "--spacing_mm", "2.5"]
 SMALL = {

@@ -1,4 +1,5 @@
-"""What the unit tests of all bundles share: a packed bundle, phantoms, and a way to run an entry point."""
+"""What the unit tests of all bundles share: data, and a way to run an entry point. As in the model zoo's own tree, a
+bundle lies in `models/NAME` below the folder that the tests are started in."""
 
 from __future__ import annotations
 
@@ -9,14 +10,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
-import package
-from bundle_cases import Entry, entries, make_data
 from monai.bundle import ConfigWorkflow
-from unpacked import SCHEMA, unpack
 
 
 class BundleTest(unittest.TestCase):
-    """Packs the bundle `name` without weights, extracts it, and runs entry points on four phantoms.
+    """Runs entry points of the bundle `name` on four phantoms.
 
     Tests run in the order of their names; each may need what the ones before it wrote.
     """
@@ -25,25 +23,25 @@ class BundleTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Make bundle and data once for all tests of a class."""
-        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        package.build(str(cls.folder / "dist"), without_weights=True)
-        cls.root = unpack(cls.folder / f"dist/{cls.name}.zip", cls.folder, SCHEMA).root
+        """Make data once for all tests of a class; the bundle's own `custom` makes them."""
+        cls.root = Path("models", cls.name).resolve()
         sys.path.insert(0, str(cls.root))
+        from bundle_cases import entries, make_data
+
+        scratch = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(scratch.cleanup)
+        cls.folder = Path(scratch.name)
+        cls.entries = entries(cls.name, cls.folder)
         make_data(cls.folder)
 
-    def entry(self, name: str) -> Entry:
-        """An entry point of the bundle."""
-        return entries(self.name, self.folder)[name]
-
-    def written(self, entry: Entry) -> None:
+    def written(self, name: str) -> None:
         """Assert that an entry point left its files."""
-        for file in entry.writes:
+        for file in self.entries[name].writes:
             assert (self.folder / file).is_file(), f"{file} was not written"
 
     def run_entry(self, name: str) -> None:
         """Initialise, check the properties, run and finalise a workflow, as the model zoo does."""
-        entry = self.entry(name)
+        entry = self.entries[name]
         workflow = ConfigWorkflow(
             config_file=[str(self.root / "configs" / file) for file in entry.configs],
             meta_file=str(self.root / "configs/metadata.json"),
@@ -58,14 +56,13 @@ class BundleTest(unittest.TestCase):
             assert workflow.check_properties() == []
         workflow.run()
         workflow.finalize()
-        self.written(entry)
+        self.written(name)
 
     def run_distributed(self, name: str) -> None:
         """Run an entry point in two processes; without GPUs they talk over gloo."""
-        entry = self.entry(name)
+        entry = self.entries[name]
         configs = [str(self.root / "configs" / file) for file in entry.configs]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
-        options = [f"--{key}={value}" for key, value in entry.options.items()]
         command = [
             sys.executable,
             *launch,
@@ -75,9 +72,8 @@ class BundleTest(unittest.TestCase):
             "--bundle_root",
             str(self.root),
         ]
+        command += [f"--{key}={value}" for key, value in entry.options.items()]
         environment = {**os.environ, "PYTHONPATH": str(self.root)}
-        done = subprocess.run(
-            [*command, *options], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900
-        )
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
-        self.written(entry)
+        self.written(name)

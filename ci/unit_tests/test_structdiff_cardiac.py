@@ -1,4 +1,4 @@
-"""Every config of `structdiff_cardiac` on four phantoms; needs `PYTHONPATH=ci`."""
+"""Every config of `structdiff_cardiac` on four phantoms."""
 
 import unittest
 

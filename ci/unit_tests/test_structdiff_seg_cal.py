@@ -1,4 +1,4 @@
-"""Every config of `structdiff_seg_cal` on four phantoms; needs `PYTHONPATH=ci`."""
+"""Every config of `structdiff_seg_cal` on four phantoms."""
 
 import unittest
 

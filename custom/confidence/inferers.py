@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from custom.confidence.variance import RunningVariance, local_mean, local_mean_variance
 from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.network import StructDiffUNet

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from custom.runs.files import content_hash, plain_values, write_json
+from custom.volumes.grids import as_batch
+from custom.volumes.reading import file_of
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
-
-from custom.runs.files import content_hash, plain_values, write_json
-from custom.volumes.grids import as_batch
-from custom.volumes.reading import file_of
 
 logger = logging.getLogger(__name__)
 _VOXELS_OF_A_LABEL = 50_000  # of a case, ours: the rank of a 0.9 quantile is then known to 0.13 %

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from custom.volumes.haar import depth_to_space, haar_unpack
 from torch import Tensor
 from torch.nn import functional as F
-
-from custom.volumes.haar import depth_to_space, haar_unpack
 
 
 def local_mean(volume: Tensor, size: int = 3) -> Tensor:

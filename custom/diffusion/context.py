@@ -49,6 +49,12 @@ class Context(NamedTuple):
             )
         return cls(*channels.split(1, 1))
 
+    @classmethod
+    def absent(cls, like: torch.Tensor) -> Context:
+        """Of an image that nothing is known of, on the grid of (B, 1, H, W, D): unconditional, at a prior of 0 HU."""
+        nothing, dropped = torch.zeros_like(like), torch.full_like(like, -1)
+        return cls(dropped, nothing, dropped, nothing, nothing, nothing)
+
     def stacked(self) -> torch.Tensor:
         """(B, 6, H, W, D), as the network takes it."""
         return torch.cat(self, 1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from custom.diffusion.context import IMAGE_UNIT_HU, Context
 from custom.volumes.haar import space_to_depth
+from torch import nn
+from torch.nn import functional as F
 
 
 class CorrespondenceAttention(nn.Module):

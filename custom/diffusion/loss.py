@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.nn import functional as F
-from torch.nn.modules.loss import _Loss
-
 from custom.diffusion.context import Context
 from custom.diffusion.correspondence import two_way_consistency
 from custom.diffusion.moments import SD_OVER_MEAN_ABSOLUTE, to_local
 from custom.diffusion.network import Prediction
 from custom.volumes.grids import crop_to, pad_to, pad_to_multiple
 from custom.volumes.haar import haar_pack
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
 
 
 def moments_loss(error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from math import pi
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from custom.diffusion.context import MODES, RESIDUAL_UNIT_HU, Context
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack, space_to_depth
 from custom.volumes.intensity import LUNG_BELOW_HU
+from torch import nn
+from torch.nn import functional as F
 
 REGIONS = ("soft_background", "lung", "interior", "background_edge", "label_edge_inside", "label_edge_outside")
 MIN_SIGMA = 0.01

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from monai.networks.nets import DiffusionModelUNet
-from monai.networks.schedulers import DDPMScheduler
-from torch import nn
-from torch.nn import functional as F
-
 from custom.diffusion.context import IMAGE_UNIT_HU, RESIDUAL_UNIT_HU, Context
 from custom.diffusion.correspondence import CorrespondenceAttention
 from custom.diffusion.formulas import amplitudes, precondition
 from custom.diffusion.moments import ResidualMoments, from_local, label_edges, to_local
+from custom.runs.options import check_options
 from custom.volumes.grids import crop_to, pad_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from custom.volumes.haar import space_to_depth as pack_blocks
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+from torch.nn import functional as F
 
 _IMAGE_CHANNELS = 18  # Haar bands of template and prior, painted sd and grain
 
@@ -105,7 +105,7 @@ class StructDiffUNet(nn.Module):
         amp: bf16 autocast inside the network. Never chosen by what a processor can do: results would depend on it.
 
     Raises:
-        ValueError: when `num_labels` is below 2.
+        ValueError: when `num_labels` is below 2, or a width is out of range.
     """
 
     def __init__(
@@ -123,6 +123,14 @@ class StructDiffUNet(nn.Module):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"num_labels: background and at least one label are needed, got {num_labels}")
+        sizes = {"channels": channels, "num_res_blocks": num_res_blocks, "condition_channels": condition_channels}
+        sizes["correspondence_channels"] = correspondence_channels
+        check_options([], resolved={f"network_def#{name}": value for name, value in sizes.items()})
+        if any(width % norm_num_groups for width in channels):
+            raise ValueError(
+                f"network_def#channels: must be multiples of norm_num_groups, {norm_num_groups}, got {list(channels)}; "
+                f"for example [{norm_num_groups}, {2 * norm_num_groups}]"
+            )
         self.num_labels, self.amp = num_labels, amp
         self.size_multiple = max(2 ** len(channels), CorrespondenceAttention.stride if correspondence_channels else 2)
         self.condition_encoder = nn.Sequential(
@@ -212,14 +220,18 @@ class StructDiffUNet(nn.Module):
         return crop_to(haar_unpack(velocity), x.shape[2:])
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, with_moments: bool = False
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        with_moments: bool = False,
     ) -> torch.Tensor | Prediction:
         """Predict the velocity.
 
         Args:
             x: (B, 1, H, W, D) noisy scaled residual, any size.
-            timesteps: (B,) int64.
-            context: (B, 6, H, W, D), see :meth:`encode`.
+            timesteps: (B,) int64; None is the last, noisiest time.
+            context: (B, 6, H, W, D), see :meth:`encode`; None is unconditional.
             with_moments: hand the moments on as well, as the loss needs them.
 
         Returns:
@@ -228,6 +240,10 @@ class StructDiffUNet(nn.Module):
         Raises:
             ValueError: when x and context differ in batch or spatial size, or the context is malformed.
         """
+        if timesteps is None:
+            timesteps = torch.full((len(x),), len(self.alphas_cumprod) - 1, device=x.device)
+        if context is None:
+            context = Context.absent(x).stacked()
         if x.shape[2:] != context.shape[2:] or len(x) != len(context):
             raise ValueError(
                 f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"

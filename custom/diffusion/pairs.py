@@ -6,15 +6,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers import GaussianFilter
-from monai.transforms import Randomizable, Transform
-from torch.nn import functional as F
-
 from custom.diffusion.transforms import shift_labels
 from custom.geometry.deformation import identity_coordinates, random_velocity, sample, sample_labels
 from custom.volumes.grids import as_batch, crop, crop_to, pad_to_multiple, sample_cubic
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
+from monai.networks.layers import GaussianFilter
+from monai.transforms import Randomizable, Transform
+from torch.nn import functional as F
 
 _BLOCK = 4  # voxels, ours: the field is smooth over 12 mm, so a coarse grid serves and costs a 64th
 

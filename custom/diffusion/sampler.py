@@ -8,10 +8,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from monai.data.utils import compute_importance_map, dense_patch_slices
-from monai.inferers import Inferer
-from tqdm import tqdm
-
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import amplitudes, angle, angle_step
 from custom.diffusion.moments import from_local, label_edges, to_local
@@ -19,6 +15,9 @@ from custom.diffusion.network import Condition, StructDiffUNet
 from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer
+from tqdm import tqdm
 
 
 def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
@@ -144,7 +143,11 @@ class StructDiffInferer(Inferer):
     def render(
         self, inputs: torch.Tensor, network: StructDiffUNet, cases: Sequence[str], times: Sequence[int]
     ) -> torch.Tensor:
-        """As `__call__`, along the given times."""
+        """As `__call__`, along the given times.
+
+        Raises:
+            ValueError: naming the cases whose rendering is not finite: limits would turn that into plausible HU.
+        """
         if len(cases) != len(inputs):
             raise ValueError(f"cases: one name for each of the {len(inputs)} samples is needed, got {len(cases)}")
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
@@ -152,7 +155,13 @@ class StructDiffInferer(Inferer):
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
         encoded = self._encode(context, network)
         residual = self._denoise(pad_to_multiple(noise, 2), encoded, network, times)
-        return self._to_hu(residual, context).clamp(*self.hu_range)
+        rendered = self._to_hu(residual, context)
+        if bad := [case for case, volume in zip(cases, rendered, strict=True) if not bool(volume.isfinite().all())]:
+            raise ValueError(
+                f"{', '.join(bad)}: the rendering is NaN or infinite, so the weights are not sound; use another "
+                "`ckpt_dir`, or train anew with a lower `learning_rate`"
+            )
+        return rendered.clamp(*self.hu_range)
 
     def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         prior = Context.of(context).prior_hu

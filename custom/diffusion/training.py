@@ -8,10 +8,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
-from monai.engines.utils import IterationEvents, PrepareBatch
-from monai.utils import CommonKeys as Keys
-
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import amplitudes
 from custom.diffusion.loss import centred_residual
@@ -19,6 +15,9 @@ from custom.diffusion.moments import MIN_SIGMA, SD_OVER_MEAN_ABSOLUTE, ResidualM
 from custom.diffusion.network import StructDiffUNet
 from custom.volumes.grids import crop_to, on_device, pad_to_multiple
 from custom.volumes.haar import haar_pack
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents, PrepareBatch
+from monai.utils import CommonKeys as Keys
 
 logger = logging.getLogger(__name__)
 

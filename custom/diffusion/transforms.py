@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.networks.layers import GaussianFilter
-from monai.transforms import Randomizable, Transform
-
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
 from custom.geometry.deformation import sample
@@ -19,6 +16,8 @@ from custom.runs.files import content_hash
 from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
 from custom.volumes.intensity import label_statistics, noise_sd, split_noise, surrogate_grain
 from custom.volumes.reading import file_of
+from monai.networks.layers import GaussianFilter
+from monai.transforms import Randomizable, Transform
 
 logger = logging.getLogger(__name__)
 _PSF_SIGMA_VOXELS = 0.5  # ours: the edge of a changed label is about as soft as a scan at 1.5 mm

@@ -1,15 +1,24 @@
 """How good renderings, sets and segmentations are."""
 
 from custom.evaluation.distances import radiomic_features, radiomic_names
-from custom.evaluation.handlers import LabelTable, MetricColumns, MetricsTable, Previews, SegmentationPictures
-from custom.evaluation.labels import SurfaceMetric, TopologyMetric
+from custom.evaluation.handlers import (
+    LabelTable,
+    MetricColumns,
+    MetricsFile,
+    MetricsTable,
+    Previews,
+    SegmentationPictures,
+)
+from custom.evaluation.labels import PresenceMetric, SurfaceMetric, TopologyMetric
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
 
 __all__ = [
     "LabelTable",
     "MetricColumns",
+    "MetricsFile",
     "MetricsTable",
+    "PresenceMetric",
     "Previews",
     "RenderingMetric",
     "SegmentationPictures",

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["label_table", "paired_table", "read_evaluations"]
+__all__ = ["COUNTS", "label_table", "paired_table", "read_evaluations"]
 
-_LOWER_IS_BETTER = ("hd95", "betti")
+COUNTS = ("missed", "invented")
+"""Metrics that are 0 or 1 for a label of a case: they add up, where others have a mean."""
+_LOWER_IS_BETTER = ("hd95", "betti", *COUNTS)
 
 
 def read_evaluations(evaluations: Mapping[str, str]) -> dict[str, pd.DataFrame]:
@@ -40,10 +42,11 @@ def read_evaluations(evaluations: Mapping[str, str]) -> dict[str, pd.DataFrame]:
 
 
 def label_table(evaluations: Mapping[str, pd.DataFrame], metric: str) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of one metric: its mean over cases by label, a column for each evaluation."""
+    """Columns and rows of one metric by label: its mean (of COUNTS the sum) over cases, a column an evaluation."""
     labels = next(iter(evaluations.values())).index.unique("label")
-    means = pd.DataFrame({name: table[metric].groupby("label").mean() for name, table in evaluations.items()})
-    known = means.reindex(labels).dropna(how="all")
+    grouped = {name: table[metric].groupby("label") for name, table in evaluations.items()}
+    values = {name: cells.sum(min_count=1) if metric in COUNTS else cells.mean() for name, cells in grouped.items()}
+    known = pd.DataFrame(values).reindex(labels).dropna(how="all")
     return ["label", *evaluations], [list(row) for row in known.itertuples(name=None)]
 
 
@@ -52,25 +55,35 @@ def paired_table(
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of paired differences from the first evaluation.
 
+    Differences are taken where both evaluations define the metric, label by label: else one that has no value for a
+    hard case would be compared on the easy ones.
+
     Args:
         evaluations: at least one.
-        measures: (metric, label); the label None takes the mean over labels of each case.
+        measures: (metric, label); the label None takes the mean (of COUNTS the sum) over labels of each case.
 
     Returns:
-        per evaluation and measure: its mean over cases, the mean difference, and in how many cases it is better.
+        per evaluation and measure: its mean over cases, the mean difference, and in how many cases it is better, of
+        those that can be compared; how many cannot be is said.
     """
     baseline = next(iter(evaluations))
     rows: list[list[Any]] = []
     for metric, label in measures:
         by_label = {name: table[metric].unstack("label") for name, table in evaluations.items()}
-        by_case = {
-            name: (values if label is None else values.reindex(columns=[label])).mean(axis=1)
-            for name, values in by_label.items()
-        }
+        if label is not None:
+            by_label = {name: values.reindex(columns=[label]) for name, values in by_label.items()}
         sign = -1 if metric.startswith(_LOWER_IS_BETTER) else 1
-        for name, values in by_case.items():
-            change = values - by_case[baseline]
-            better = f"{int((sign * change > 0).sum())} of {len(values)}" if name != baseline else ""
+        for name, values in by_label.items():
+            change = _by_case(values - by_label[baseline], metric)
+            compared = int(change.notna().sum())
+            better = f"{int((sign * change > 0).sum())} of {compared}"
+            better += f", {len(change) - compared} not comparable" if compared < len(change) else ""
             title = f"{metric}, {label or 'all labels'}"
-            rows.append([title, name, float(values.mean()), float(change.mean()), better])
+            mean = float(_by_case(values, metric).mean())
+            rows.append([title, name, mean, float(change.mean()), better if name != baseline else ""])
     return ["measure", "segmenter", "mean", f"minus {baseline}", "cases better"], rows
+
+
+def _by_case(values: pd.DataFrame, metric: str) -> pd.Series:
+    """One value a case from one a label; NaN where no label has any."""
+    return values.sum(axis=1, min_count=1) if metric in COUNTS else values.mean(axis=1)

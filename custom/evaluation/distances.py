@@ -10,15 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from custom.geometry.topology import bounding_box
+from custom.volumes.intensity import MIN_VOXELS, noise_sd
 from monai.metrics.fid import get_fid_score
 from monai.metrics.regression import compute_ms_ssim
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scipy.stats import mannwhitneyu, skew
-
-from custom.geometry.topology import bounding_box
-from custom.volumes.intensity import MIN_VOXELS, noise_sd
 
 __all__ = [
     "copying_p_value",

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.evaluation.rendering import texture_correlation, vessel_regions
 from custom.geometry.centrelines import skeleton
 from custom.volumes.gate import Gate
 from custom.volumes.intensity import label_statistics
+from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = ["ImageGate", "examine", "rejections"]
 

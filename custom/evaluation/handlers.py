@@ -10,15 +10,14 @@ import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
+from custom.evaluation.labels import ColumnMetric
+from custom.runs.files import write_json, write_table
+from custom.volumes.pictures import save_mask_sheet, save_sheet
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.handlers import IgniteMetricHandler
 from monai.transforms import Orientation
 from monai.utils import CommonKeys as Keys
-
-from custom.evaluation.labels import ColumnMetric
-from custom.runs.files import write_table
-from custom.volumes.pictures import save_mask_sheet, save_sheet
 
 
 class MetricColumns(IgniteMetricHandler):
@@ -119,7 +118,7 @@ class MetricsTable:
 
 
 class LabelTable:
-    """Write `<path>` with a row for every case and label, and add the mean of every label to the engine's metrics.
+    """Write `<path>` with a row for every case and label, and add what every label comes to, to the engine's metrics.
 
     Attach before handlers that log metrics. A metric joins through the details that its handler saves.
 
@@ -127,11 +126,20 @@ class LabelTable:
         path: of the CSV; columns `case`, `label` and the metrics; empty where a metric is not defined.
         label_names: one for each id, background first.
         labels: ids of the details, in their order.
-        columns: names of the metrics.
+        columns: names of the metrics; a label comes to their mean over cases.
+        counted: names of further metrics, 0 or 1 in a case, that a label comes to the sum of.
     """
 
-    def __init__(self, path: str, *, label_names: Sequence[str], labels: Sequence[int], columns: Sequence[str]) -> None:
-        self.path, self.columns = Path(path), list(columns)
+    def __init__(
+        self,
+        path: str,
+        *,
+        label_names: Sequence[str],
+        labels: Sequence[int],
+        columns: Sequence[str],
+        counted: Sequence[str] = (),
+    ) -> None:
+        self.path, self.columns, self.counted = Path(path), [*columns, *counted], set(counted)
         self.names = [label_names[k] for k in labels]
         self._cases: list[str] = []
 
@@ -160,12 +168,37 @@ class LabelTable:
                     f"{len(self.names)} labels"
                 )
             for row, value in zip(rows, values.ravel(), strict=True):
-                row[column] = "" if np.isnan(value) else f"{value:.4f}"
+                row[column] = "" if np.isnan(value) else f"{value:.{0 if column in self.counted else 4}f}"
             for name, own in zip(self.names, values.T, strict=True):
-                if not np.isnan(own).all():
-                    engine.state.metrics[f"{column} {name}"] = float(own[~np.isnan(own)].mean())
+                known = own[~np.isnan(own)]
+                if len(known):
+                    engine.state.metrics[f"{column} {name}"] = float(
+                        known.sum() if column in self.counted else known.mean()
+                    )
         self._cases = []
         write_table(self.path, rows)
+
+
+class MetricsFile:
+    """Write all metrics of an evaluation as one JSON file, last and whole; what is not defined is null.
+
+    Attach after handlers that add metrics.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the file."""
+        if idist.get_rank() == 0:
+            write_json(self.path, engine.state.metrics)
 
 
 class SegmentationPictures:

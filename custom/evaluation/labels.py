@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from custom.geometry.centrelines import centreline_attached, centreline_recovered, cl_dice, skeleton
+from custom.geometry.topology import BoolArray, betti_errors
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.metrics import CumulativeIterationMetric, compute_hausdorff_distance, compute_surface_dice
 from monai.networks import one_hot
-
-from custom.geometry.centrelines import centreline_attached, centreline_recovered, cl_dice, skeleton
-from custom.geometry.topology import BoolArray, betti_errors
 
 VOXELS = (1.0, 1.0, 1.0)
 """Spacing that measures lengths in voxels."""
@@ -180,8 +180,9 @@ class SurfaceMetric(ColumnMetric):
     """MONAI's surface metrics on label maps, in mm: its handlers do not hand the voxel size of a case on.
 
     Columns: "hd95_mm", the 95th percentile of the Hausdorff distance, and "nsd", the normalised surface Dice; both of
-    every label but the background. A label that both maps lack is NaN; one that a single map lacks has no distance
-    (NaN), and a surface Dice of 0.
+    every label but the background. A label that both maps lack is NaN; one that a single map lacks has a surface Dice
+    of 0. One that the prediction misses is as far off as the volume allows, the length of its diagonal, as in BraTS:
+    else a label would better the mean by being missed. One that only the prediction has has no distance (NaN).
 
     Args:
         num_classes: of the label map, background included.
@@ -208,4 +209,37 @@ class SurfaceMetric(ColumnMetric):
                 compute_surface_dice(found, wanted, tolerances, spacing=spacing_mm),
             ]
         columns = torch.stack([v.float().cpu() for v in values], -1)
-        return torch.where(columns.isfinite(), columns, torch.nan)
+        columns = torch.where(columns.isfinite(), columns, torch.nan)
+        here, there = (v[:, 1:].flatten(2).any(2).cpu() for v in (found, wanted))
+        columns[..., 0][there & ~here] = math.dist(
+            [0.0] * 3, [n * s for n, s in zip(y.shape[2:], spacing_mm, strict=True)]
+        )
+        return columns
+
+
+class PresenceMetric(ColumnMetric):
+    """How often a label is there in one map only; the aggregates are counts, not means.
+
+    Columns, 1 or 0 for every label but the background: "missed", the truth has it and the prediction does not, and
+    "invented", the other way round.
+
+    Args:
+        num_classes: of the label map, background included.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(["missed", "invented"])
+        self.num_classes = num_classes
+
+    def aggregate(self) -> dict[str, float]:  # type: ignore[override]
+        """Column -> so often in all cases and labels."""
+        return {column: float(values.sum()) for column, values in self.details().items()}
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Label maps (B, 1, H, W, D), predicted and true -> (B, labels, 2)."""
+        if y is None or y.shape != y_pred.shape or y.shape[1] != 1:
+            raise ValueError("y: must be label maps (B, 1, H, W, D) of the shape of y_pred")
+        ids = torch.arange(1, self.num_classes)
+        maps = [torch.as_tensor(volume).as_subclass(torch.Tensor).cpu().round().flatten(1) for volume in (y_pred, y)]
+        here, there = (torch.stack([torch.isin(ids, row) for row in volume]) for volume in maps)
+        return torch.stack([there & ~here, here & ~there], -1).float()

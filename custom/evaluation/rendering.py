@@ -8,12 +8,11 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from scipy import ndimage
-from scipy.stats import wasserstein_distance
-
 from custom.evaluation.labels import MASK_MEASURES, ColumnMetric, MaskPair, check_measures
 from custom.geometry.topology import BoolArray
 from custom.volumes.intensity import LUNG_BELOW_HU, MIN_VOXELS, label_statistics, noise_sd
+from scipy import ndimage
+from scipy.stats import wasserstein_distance
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
 

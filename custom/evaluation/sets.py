@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional as F
-from tqdm import tqdm
-
 from custom.evaluation.distances import (
     copying_p_value,
     distance_ratios,
@@ -26,9 +21,14 @@ from custom.evaluation.distances import (
     ms_ssim,
     standardised,
 )
-from custom.runs.files import plain_values, write_json
+from custom.runs.files import plain_values, read_json, write_json
 from custom.runs.tracking import log_run
-from custom.volumes.cases import case_name, check_files
+from custom.volumes.cases import check_files
+from custom.volumes.names import case_names
+from custom.volumes.numbering import mapped_key
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _gather(cases: Sequence[Case], read: Callable[[Case], Case], features: Featu
     folder.mkdir()
     vectors, thumbnails = [], []
     for index, case in enumerate(tqdm(cases, desc=f"{folder.name} cases read", leave=False)):
-        item = read({key: case[key] for key in ("image", "label")})
+        item = read({key: case[key] for key in ("image", "label", mapped_key("label")) if key in case})
         image, label, view, inside = (np.asarray(item[k])[0] for k in ("image", "label", "view", "inside"))
         vectors.append(np.asarray(features(image, label.round().astype(np.int64)), dtype=np.float64).ravel())
         if len(vectors[-1]) != len(vectors[0]):
@@ -85,9 +85,8 @@ def _gather(cases: Sequence[Case], read: Callable[[Case], Case], features: Featu
 def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:
     """Training cases, and the templates of the records that are not among them."""
     known = {Path(case["image"]).resolve() for case in training}
-    more = {record["template"]["image"]: record["template"]["label"] for record in records}
-    extra = [{"image": image, "label": label} for image, label in more.items() if Path(image).resolve() not in known]
-    return [*training, *extra]
+    more = {record["template"]["image"]: record["template"] for record in records}
+    return [*training, *(template for image, template in more.items() if Path(image).resolve() not in known)]
 
 
 def _diversity(volumes: _Volumes, max_pairs: int, rng: np.random.Generator) -> dict[str, float]:
@@ -162,18 +161,24 @@ def _case_rows(
                 "distance_ratio": float(ratios[i]),
                 "most_similar": real.images[best],
                 "local_correlation": correlation,
-                "template_copy": float(record["measures"]["template_copy"]),
+                "template_copy": record["measures"]["template_copy"],
             }
         )
     return rows
 
 
-def _near_duplicates(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> list[dict[str, str]]:
-    """Cases that exceed a limit, each with what it exceeds; NaN exceeds nothing."""
+def _near_duplicates(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float], names: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Cases that exceed a limit, each with what it exceeds; what is not known, NaN or None, exceeds nothing."""
     found = []
     for row in rows:
-        other = {"local_correlation": f" with {case_name(row['most_similar'])}"}
-        reasons = [f"{k}{other.get(k, '')}: {row[k]:.2f}, at most {v}" for k, v in limits.items() if row[k] > v]
+        other = {"local_correlation": f" with {names[row['most_similar']]}"}
+        reasons = [
+            f"{k}{other.get(k, '')}: {row[k]:.2f}, at most {v}"
+            for k, v in limits.items()
+            if row[k] is not None and row[k] > v
+        ]
         if reasons:
             found.append({"case": row["case"], "reason": "; ".join(reasons)})
     return found
@@ -213,7 +218,7 @@ def measure_set(
     candidates: int,
     seed: int,
     settings: Mapping[str, Any],
-    tracking_uri: str | Callable[[], str] | None = None,
+    tracking_uri: str | None = None,
 ) -> str:
     """Write `set_metrics.json` of a synthetic data set: realism, diversity, memorisation and near duplicates.
 
@@ -245,7 +250,7 @@ def measure_set(
             number.
     """
     root, rng = Path(output_dir), np.random.default_rng(seed)
-    records = [json.loads((root / case["record"]).read_text()) for case in synthetic]
+    records = [read_json(root / case["record"], "run `synthesizing` again, which writes it anew") for case in synthetic]
     real_cases = _with_templates(training, records)
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:
@@ -266,7 +271,9 @@ def measure_set(
                 "synthetic": _quantiles(np.array([row["local_correlation"] for row in rows])),
                 "held_out": _quantiles(np.array(among_real)),
             },
-            "near_duplicates": _near_duplicates(rows, limits),
+            "near_duplicates": _near_duplicates(
+                rows, limits, dict(zip(real.images, case_names(real.images), strict=True))
+            ),
             "per_case": rows,
         }
     path = root / SET_MEASURES

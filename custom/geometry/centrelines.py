@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+from custom.geometry.topology import BoolArray, as_mask, attached_part, bounding_box, same_shape
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-
-from custom.geometry.topology import BoolArray, as_mask, attached_part, bounding_box, same_shape
 
 __all__ = ["cl_dice", "grow", "centreline_attached", "centreline_recovered", "line_lengths", "skeleton"]
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from custom.geometry.deformation import (
     check_spacing,
     check_volume,
@@ -23,6 +20,8 @@ from custom.geometry.deformation import (
     to_voxels,
     warp,
 )
+from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
     "align_extent",

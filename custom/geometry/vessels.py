@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from custom.geometry.centrelines import skeleton
+from custom.geometry.cones import lower_to_cones
+from custom.geometry.topology import BoolArray, as_mask
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.spatial import cKDTree
-
-from custom.geometry.centrelines import skeleton
-from custom.geometry.cones import lower_to_cones
-from custom.geometry.topology import BoolArray, as_mask
 
 __all__ = ["VesselTree", "anchored", "carry", "draw", "prune", "read_tree", "tree_length_mm", "tree_volume_mm3"]
 

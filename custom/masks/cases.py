@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from custom.volumes.cases import check_names
+from custom.runs.files import read_json
+from custom.volumes.cases import check_names, is_whole_volume, unfinished
+
+logger = logging.getLogger(__name__)
 
 RECORDS, MASKS, IMAGES, PREPARED = "records", "masks", "images", "prepared"
+_OF_A_REFUSAL = {"case", "accepted", "reason"}
+_OF_A_MASK = {
+    *("case", "accepted", "source", "retries", "scale", "min_det_jacobian", "dice_to_references", "volume_ml"),
+    *("betti", "wall_thickness_mm", "vessels"),
+}
 
 
 def generation_cases(
@@ -53,12 +62,43 @@ def generation_cases(
     return sorted(cases, key=lambda case: case["index"] % total)
 
 
+class UnfinishedCases(Sequence):
+    """What :func:`custom.volumes.cases.unfinished` gives, but looked up when it is first asked for.
+
+    That is after the folder is claimed, which may remove what an earlier run left there.
+
+    Args:
+        cases, output_dir, options: as there.
+    """
+
+    def __init__(self, cases: Sequence[dict[str, Any]], output_dir: str, **options: Any) -> None:
+        self.cases, self.output_dir, self.options = cases, output_dir, options
+
+    @cached_property
+    def _found(self) -> list[dict[str, Any]]:
+        return unfinished(self.cases, self.output_dir, **self.options)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+
 def is_made(case: Mapping[str, Any], output_dir: str) -> bool:
-    """Whether a mask has a record, and its files where it was accepted."""
+    """Whether a mask has a record, and its files, whole, where it was accepted; what is damaged is made again."""
     root = Path(output_dir)
     record = root / RECORDS / f"{case['case']}.json"
     folders = [MASKS, IMAGES][: 1 + ("image" in case)]
-    return record.exists() and (
-        not json.loads(record.read_text())["accepted"]
-        or all((root / folder / f"{case['case']}.nii.gz").exists() for folder in folders)
+    if not record.exists():
+        return False
+    try:
+        content = read_json(record, "the mask is made again")
+        if absent := sorted((_OF_A_MASK if content.get("accepted") else _OF_A_REFUSAL) - content.keys()):
+            raise ValueError(f"{record}: is damaged (it has no {absent}); the mask is made again")
+    except ValueError as error:
+        logger.warning("%s", error)
+        return False
+    return not content["accepted"] or all(
+        is_whole_volume(root / folder / f"{case['case']}.nii.gz") for folder in folders
     )

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.geometry.topology import BoolArray, betti_numbers, bounding_box, components_touching, contact_areas
 from custom.masks.preparation import dice
 from custom.volumes.anatomy import Label
 from custom.volumes.gate import Gate
+from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = ["MaskMeasures", "MaskGate", "measure_mask", "rejections", "wall_thickness_mm"]
 

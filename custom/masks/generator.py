@@ -1,21 +1,18 @@
 """The mask generation module (MGM), new label maps that keep the topology of a reference. Ours.
 
 A reference is deformed by a diffeomorphism: its walls as signed distances, its vessels as centre lines that are drawn
-again. What comes out is compared with the reference by `custom.acceptance`; what breaks a limit is drawn anew, milder.
+again. What comes out is compared with the reference by `custom.masks.gate`; what breaks a limit is drawn anew, milder.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.geometry.centrelines import grow
 from custom.geometry.deformation import (
     exponentiate,
@@ -31,6 +28,8 @@ from custom.masks.gate import MaskGate, mean_dice, measure_mask, rejections
 from custom.masks.motion import Edits, Motion, carry_points, confine, mixture_coefficients
 from custom.masks.preparation import LabelMap, without_handles
 from custom.masks.reference import Neighbour, Reference, fill_nearest
+from numpy.typing import NDArray
+from scipy import ndimage
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,18 @@ class MaskGenerator:
         raise NotAcceptedError(
             f"no mask accepted for seed {tuple(seed)} after {len(attempts)} draws ({reasons}); lower the amplitudes of "
             "`motion`, allow more retries, or relax the limit that is named most often in `gate`"
+            + "".join(self._torn(candidate.repaired))
         )
+
+    def _torn(self, repaired: Mapping[int, float]) -> Iterator[str]:
+        """What to do about labels that come apart as solid ones, since they may be vessels."""
+        for k, share in repaired.items():
+            structure, limit = self.reference.structures[k], self.gate.max_repaired
+            if limit is not None and share > limit and not structure.thin:
+                yield (
+                    f"; if label {k} ({structure.name}) is a tree of vessels, say so: --anatomy#{k}#thin True, and "
+                    f"--anatomy#{k}#components N of its pieces"
+                )
 
     def draw_velocity(self, seed: Sequence[int], attempt: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
         """Draws the velocity of one attempt.

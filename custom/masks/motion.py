@@ -1,18 +1,18 @@
 """How new anatomies move: the options, mixtures of registrations, and what keeps them inside the grid.
 
-Velocities are those of `custom.deformation`: (B, 3, H, W, D) in voxels, components in the order H, W, D.
+Velocities are those of `custom.geometry.deformation`: (B, 3, H, W, D) in voxels, components in the order H, W, D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
 from custom.geometry.deformation import check_spacing, check_volume, sample
+from torch import Tensor
 
 __all__ = ["Edits", "Motion", "carry_points", "confine", "from_options", "mixture_coefficients"]
 
@@ -82,11 +82,19 @@ def from_options(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kin
     """Motion or edits from a config dictionary; what is not named keeps its default.
 
     Raises:
-        ValueError: naming an unknown option and all that exist, or what is out of range.
+        ValueError: naming an unknown option and all that exist, or what is no number or out of range.
     """
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{name}: {unknown} do not exist; the options are {known}")
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(defaults)):
+        raise ValueError(f"{name}: {unknown} do not exist; the options are {list(defaults)}")
+    for key, value in options.items():
+        default = defaults[key]
+        numbers, kinds = (value, (int, float)) if isinstance(default, tuple) else ([value], (int, type(default)))
+        if not isinstance(numbers, (list, tuple)) or not all(isinstance(n, kinds) and isfinite(n) for n in numbers):
+            what = (
+                "a whole number" if isinstance(default, int) else "a number, or a list of two where the default is one"
+            )
+            raise ValueError(f"{name}: {key} must be {what}, got {value!r}; the default is {default}")
     return kind(**options)
 
 

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.geometry.centrelines import grow
 from custom.geometry.topology import BoolArray, betti_numbers, components_touching, fill_cavities, largest_components
 from custom.volumes.anatomy import Label
 from custom.volumes.intensity import MIN_VOXELS
+from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = ["prepare_label_map"]
 
@@ -182,18 +181,20 @@ def _check_intent(prepared: LabelMap, structures: Mapping[int, Label]) -> None:
         if components != structure.components:
             raise ValueError(
                 f"{where} has {components} components, {structure.components} are intended; correct the reference, or "
-                f"change the structure for all references: components={components}, or keep=true to take it as it is."
+                f"change the structure for all references: components={components}, or keep=true to take it as it is "
+                f"(--anatomy#{k}#components {components}, --anatomy#{k}#keep True)."
             )
         if cavities or handles > structure.handles:
             raise ValueError(
                 f"{where} keeps {handles} handles and {cavities} cavities (at most {structure.handles} and 0); "
                 "another label lies inside it: correct the reference, drop one of the two labels, or keep it as it is "
-                "with keep=true."
+                f"with keep=true (--anatomy#{k}#keep True)."
             )
         for other in structure.touches:
             touching, total = components_touching(prepared == k, prepared == other)
             if touching < total:
                 raise ValueError(
                     f"{where}: {touching} of {total} components touch label {other}, all must; correct the reference, "
-                    f"lower smoothing_mm, or take {other} out of touches."
+                    f"lower smoothing_mm, or take {other} out of touches (--anatomy#{k}#touches "
+                    f'"{[j for j in structure.touches if j != other]}").'
                 )

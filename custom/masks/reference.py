@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
-
 from custom.geometry.registration import align_label_map, velocity_weights
 from custom.geometry.topology import BoolArray, bounding_box
 from custom.geometry.vessels import VesselTree, anchored, read_tree, tree_volume_mm3
 from custom.masks.gate import MaskMeasures, measure_mask
 from custom.masks.preparation import LabelMap, signed_distance
 from custom.volumes.anatomy import Label
+from scipy import ndimage
 
 __all__ = ["Neighbour", "Reference", "fill_nearest", "register_neighbour"]
 
@@ -51,6 +50,11 @@ def register_neighbour(
         ValueError: when they share no label that is not tubular.
     """
     labels = _walls(structures)
+    if not any((source == k).any() and (other == k).any() for k in labels):
+        raise ValueError(
+            "a reference and its neighbour must share a label that is not thin, by which one is registered to the "
+            "other, and share none; set --neighbours 0, and each mask is made from one reference alone"
+        )
     aligned = align_label_map(_tensor(other), _tensor(source), labels=labels)
     weights = velocity_weights(_tensor(source), aligned, labels=labels, spacing_mm=spacing_mm)
     return Neighbour(aligned[0, 0].numpy().astype(np.uint8), weights[0])

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
-from tqdm import tqdm
+from collections.abc import Iterable, Sequence
 
 from custom.masks.summary import summarise_masks
 from custom.runs.folders import RunFolder
+from tqdm import tqdm
 
 
 def generate_masks(
-    folder: RunFolder,
-    *,
-    prepare: Iterable,
-    generate: Iterable,
-    vessel_labels: Sequence[int],
-    tracking_uri: str | Callable[[], str],
+    folder: RunFolder, *, prepare: Iterable, generate: Iterable, vessel_labels: Sequence[int], tracking_uri: str
 ) -> dict[str, float]:
     """Go through the loaders, whose transforms write what they make, under one claim of the folder.
 
@@ -32,7 +26,7 @@ def generate_masks(
     Raises:
         RuntimeError: when masks were not accepted; the others are complete.
     """
-    with folder as provenance:
+    with folder as provenance:  # before the loaders are asked how much there is to do, which `tqdm` does at once
         for loader, what in ((prepare, "references prepared"), (generate, "masks generated")):
             for _ in tqdm(loader, desc=what):
                 pass

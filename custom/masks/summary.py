@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
-from custom.runs.files import write_json, write_table
+from custom.runs.files import read_json, write_json, write_table
 from custom.runs.tracking import log_run
+from custom.volumes.numbering import mapped_key
 from custom.volumes.pictures import read_ras, save_mask_sheet
 
 logger = logging.getLogger(__name__)
@@ -42,11 +41,7 @@ def _write_pictures(root: Path, records: Sequence[Mapping[str, Any]], vessel_lab
 
 
 def summarise_masks(
-    *,
-    output_dir: str,
-    provenance: Mapping[str, Any],
-    vessel_labels: Sequence[int],
-    tracking_uri: str | Callable[[], str],
+    *, output_dir: str, provenance: Mapping[str, Any], vessel_labels: Sequence[int], tracking_uri: str
 ) -> dict[str, float]:
     """Write `summary.csv`, `pictures/masks.png`, an MLflow run and, last, `datalist.json` from all records of a run.
 
@@ -54,7 +49,7 @@ def summarise_masks(
         output_dir: of the run.
         provenance: what `claim_folder` returned; becomes part of the datalist. "with_image" tells whether there are.
         vessel_labels: ids of the projection in the pictures.
-        tracking_uri: of MLflow, or a function that gives it.
+        tracking_uri: of MLflow.
 
     Returns:
         measures of the run: "requested", "accepted", "accepted_at_once", "mean_retries".
@@ -63,7 +58,7 @@ def summarise_masks(
         RuntimeError: when masks were not accepted, naming them and the reason of the first; the others are written.
     """
     root = Path(output_dir)
-    records = [json.loads(path.read_text()) for path in sorted((root / RECORDS).glob("*.json"))]
+    records = [read_json(path, "delete it") for path in sorted((root / RECORDS).glob("*.json"))]
     accepted = [record for record in records if record["accepted"]]
     write_table(root / "summary.csv", [_row(record) for record in records])
     retries = [record["retries"] for record in accepted]
@@ -83,6 +78,7 @@ def summarise_masks(
     )
     items = [
         {"label": f"{MASKS}/{r['case']}.nii.gz", "source": r["source"], "record": f"{RECORDS}/{r['case']}.json"}
+        | {mapped_key("label"): True}
         | ({"image": f"{IMAGES}/{r['case']}.nii.gz"} if provenance["with_image"] else {})
         for r in accepted
     ]

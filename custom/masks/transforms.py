@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleToMatch, Spacing, Transform
-
 from custom.geometry.deformation import identity_coordinates
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
 from custom.masks.gate import MaskGate
@@ -20,12 +17,15 @@ from custom.masks.generator import Generated, MaskGenerator, NotAcceptedError
 from custom.masks.motion import Edits, Motion, from_options
 from custom.masks.preparation import LabelMap, prepare_label_map
 from custom.masks.reference import Neighbour, Reference, register_neighbour
-from custom.runs.files import content_hash, replace_file, write_json
+from custom.runs.files import content_hash, write_json
+from custom.runs.weights import UNREADABLE, last_line, save_atomically
 from custom.volumes.anatomy import Label
 from custom.volumes.cases import case_name
 from custom.volumes.grids import as_batch, sample_cubic
 from custom.volumes.reading import LoadVolumesd, file_of
 from custom.volumes.writing import SaveVolumed
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleToMatch, Spacing, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +159,14 @@ class GenerateMaskd(Transform):
         key = content_hash(*parts, str(reference.spacing_mm).encode(), str(reference.walls).encode())
         file = self.cache_dir / f"{key}.pt"
         if file.exists():
-            kept = torch.load(file, weights_only=True)
-            return Neighbour(kept["label_map"].numpy(), kept["weights"])
+            try:
+                kept = torch.load(file, weights_only=True)
+                return Neighbour(kept["label_map"].numpy(), kept["weights"])
+            except (*UNREADABLE, KeyError, ValueError, OSError) as error:
+                logger.warning("%s: is damaged (%s); the registration is made again", file, last_line(error))
         neighbour = register_neighbour(reference.label_map, other, self.structures, reference.spacing_mm)
         content = {"label_map": torch.from_numpy(neighbour.label_map), "weights": neighbour.weights}
-        replace_file(file, lambda part: torch.save(content, part))
+        save_atomically(content, file)
         return neighbour
 
     def _deformed_image(self, item: Mapping[Hashable, Any], made: Generated) -> MetaTensor:

@@ -3,7 +3,6 @@
 import logging
 
 import fire
-
 from custom.phantom.cohort import make
 
 if __name__ == "__main__":

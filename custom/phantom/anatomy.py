@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.phantom.coronaries import coronary_curves, draw_coronaries
 from custom.phantom.geometry import Array, Frame, carve, coverage, curve_length, smooth_min
 from custom.phantom.heart import draw_measures, draw_vessels, heart_distances
 from custom.phantom.labels import INTENDED_BETTI, LABELS, TopologyError, label_map
 from custom.phantom.survey import Survey
 from custom.phantom.thorax import lung_vessels, thorax_layers
+from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = ["INTENDED_BETTI", "LABELS", "Geometry", "TopologyError", "build_geometry"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
-
 from custom.phantom.anatomy import Geometry
 from custom.phantom.geometry import Array
 from custom.phantom.labels import LABELS
+from scipy import ndimage
 
 # HU range of the mean, and SD in HU of the fine (about 3 mm) and coarse (about 12 mm) texture inside the tissue. Means
 # are CT numbers of radiology texts at 120 kV after contrast agent; textures are ours, by eye.

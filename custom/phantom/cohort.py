@@ -20,12 +20,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
-
 from custom.phantom.anatomy import Geometry, build_geometry
 from custom.phantom.appearance import add_artefacts, draw_appearance, draw_noise, move_right_artery, paint, scan
 from custom.phantom.labels import INTENDED_BETTI, LABELS, TopologyError
-from custom.runs.files import replace_file, write_json
+from custom.runs.files import read_json, replace_file, write_json
+from numpy.typing import NDArray
 
 __all__ = ["INTENDED_BETTI", "LABELS", "Subject", "make", "make_subject"]
 
@@ -167,7 +166,7 @@ def _check_folder(root: Path, names: list[str], provenance: dict[str, Any]) -> d
         if any(path.exists() for path in allowed):
             raise ValueError(f"output_dir has data but no {record}, its origin is unknown; choose an empty folder.")
         return {}
-    found = json.loads(record.read_text())
+    found = read_json(record, "choose another output_dir, or delete this one if nothing in it is needed")
     if found.get("provenance") != provenance:
         raise ValueError(
             f"{record} was made with {found.get('provenance')}, now asked for {provenance}; use the same arguments to "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.geometry.topology import betti_numbers, fill_cavities, largest_components
 from custom.phantom.geometry import FAR, Array, Frame, curve_length, draw_tube, spline
 from custom.phantom.labels import TopologyError
 from custom.phantom.survey import Survey
+from numpy.typing import NDArray
+from scipy import ndimage
 
 # World lengths per scale that a main artery must have; what lies outside took a detour or broke off. Ours: those of 56
 # accepted subjects are 72 to 103, 65 to 100 and 110 to 151 mm.

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from custom.geometry.cones import lower_to_cones
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.spatial.transform import Rotation
-
-from custom.geometry.cones import lower_to_cones
 
 Array = NDArray[np.float32]
 # Ours, of the drawn heart: the field of view that holds it with its great vessels in life size, and the model position

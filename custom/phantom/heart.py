@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from custom.phantom.geometry import Array, Frame, carve, dot, draw_tube, ellipsoid, smooth_max, smooth_min, spline, unit
+from numpy.typing import NDArray
 
 # Centre lines and radii in model mm, jittered per subject. The courses are ours, drawn by hand; widths are near those
 # of adults in CT: aorta 33 and 24 mm, ascending and descending (Wolak et al. 2008), pulmonary trunk 25 mm (Truong et

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-
 from custom.geometry.topology import betti_numbers, fill_cavities, largest_components
 from custom.phantom.geometry import Array
+from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = ["INTENDED_BETTI", "LABELS", "TopologyError", "label_map"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.graph import route_through_array
-
 from custom.phantom.geometry import Array, Frame, spline, unit
 from custom.phantom.heart import LV_CENTRE_T, VALVE_NORMAL, VALVE_POINT, lv_frame
 from custom.phantom.labels import TopologyError
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.graph import route_through_array
 
 
 class Outside:

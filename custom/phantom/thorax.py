@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from custom.phantom.geometry import FAR, Array, Frame, draw_tube, ellipsoid, unit
+from numpy.typing import NDArray
 
 
 def _abdomen(

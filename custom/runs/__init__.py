@@ -1,19 +1,34 @@
 """What surrounds every stage: files, folders, tracking, resuming, weights."""
 
 from custom.runs.files import file_hash
-from custom.runs.folders import RunFolder
+from custom.runs.folders import RemoveLeftovers, RunFolder, TrainingPlace
+from custom.runs.options import check_command_line, check_options
 from custom.runs.resuming import Resume, SeedEachEpoch
-from custom.runs.tracking import tracking_store
-from custom.runs.weights import KeepBest, KeepLast, LoadWeights, WeightAverage, existing_handler, load_pretrained
+from custom.runs.tracking import LogToMLFlow, tracking_store
+from custom.runs.weights import (
+    KeepBest,
+    KeepLast,
+    LoadWeights,
+    RefuseDivergence,
+    WeightAverage,
+    existing_handler,
+    load_pretrained,
+)
 
 __all__ = [
     "KeepBest",
     "KeepLast",
     "LoadWeights",
+    "LogToMLFlow",
+    "RefuseDivergence",
+    "RemoveLeftovers",
     "Resume",
     "RunFolder",
     "SeedEachEpoch",
+    "TrainingPlace",
     "WeightAverage",
+    "check_command_line",
+    "check_options",
     "existing_handler",
     "file_hash",
     "load_pretrained",

@@ -5,18 +5,69 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import os
 import platform
+import shutil
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+logger = logging.getLogger(__name__)
+
+
+def process_mark(kind: str) -> str:
+    """How a hidden name begins of what this process has not finished, here and in a folder that machines share."""
+    return f".{kind}_{platform.node()}_{os.getpid()}_"
+
 
 def part_of(path: Path) -> Path:
     """Hidden neighbour to write to; no two processes share one, also of machines that share a folder."""
-    return path.with_name(f".part_{platform.node()}_{os.getpid()}_{path.name}")
+    return path.with_name(process_mark("part") + path.name)
+
+
+_LEFT_AFTER_S = 3600  # ours: what is being written changes every few seconds
+
+
+def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+    """Removes what killed processes left half-written in a folder: `.part_*`, `.mlflow_*`.
+
+    What a process of this machine is at work on stays, and what changed within the last hour on another machine.
+
+    Args:
+        folder: without it nothing happens.
+        below: look into the folders in it as well.
+    """
+    for kind in ("part", "mlflow"):
+        for path in sorted((folder.rglob if below else folder.glob)(f".{kind}_*")):
+            if _is_left(path, kind):
+                logger.warning("%s was left by a process that was killed, and is removed", path)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, kind: str) -> bool:
+    try:
+        age_s = time.time() - path.lstat().st_mtime
+    except FileNotFoundError:  # its process has just finished it
+        return False
+    process = path.name.removeprefix(f".{kind}_{platform.node()}_").split("_")[0]
+    ended = process.isdecimal() and sys.platform != "win32" and not _is_running(int(process))
+    return ended or age_s > _LEFT_AFTER_S
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -41,8 +92,24 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON atomically, one space deep."""
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+    """Writes JSON atomically, one space deep; numbers that are not finite, which JSON has not, become null."""
+    text = json.dumps(plain_values(content), indent=1, allow_nan=False)
+    replace_file(path, lambda part: part.write_text(text + "\n"))
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it, and the remedy.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # of json, and of characters that are no text
+        raise ValueError(f"{path}: is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is damaged (it must hold one JSON object); {remedy}")
+    return content
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,12 +141,26 @@ def file_hashes(cases: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict
     return {file: file_hash(file) for file in files}
 
 
+_ABSENT = "not set"
+
+
+def differences(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Name -> (before, now) of what differs between two plain values; of dictionaries the innermost names, by `#`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*before, *now}):
+            inner = f"{name}#{key}" if name else str(key)
+            found |= differences(before.get(key, _ABSENT), now.get(key, _ABSENT), inner)
+        return found
+    return {} if before == now else {name: (before, now)}
+
+
 def plain_values(value: Any) -> Any:
-    """What JSON gives back for a value: dataclasses and mappings as dictionaries, sequences as lists."""
+    """What JSON gives back for a value: dataclasses and mappings as dictionaries, sequences as lists, NaN as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain_values(v) for v in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,25 +6,42 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from custom.runs.files import content_hash, file_hashes, plain_values, write_json
+from custom.runs.files import (
+    content_hash,
+    differences,
+    file_hashes,
+    plain_values,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from ignite.engine import Engine, Events
 
 logger = logging.getLogger(__name__)
 _LOCKS: dict[str, TextIO] = {}
 
 
-def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def claim_folder(
+    output_dir: str, *, name: str, provenance: Mapping[str, Any], intermediate: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Makes a folder the place of one run: writes what the run is, or checks that it is the same one going on.
+
+    A run that ended before it made anything can leave the folder to the next one, whatever its options: else the remedy
+    that an error names could not be followed.
 
     Args:
         output_dir: a new or empty folder, or one that the same run began.
         name: of the JSON file in it that says what the run is.
         provenance: what determines the results; dataclasses are written as dictionaries.
+        intermediate: names in the folder that are no results; another run takes over a folder that holds nothing else,
+            and removes them. None: it never does.
 
     Returns:
         The provenance as written, with "config_hash" of all of it.
@@ -36,26 +53,66 @@ def claim_folder(output_dir: str, *, name: str, provenance: Mapping[str, Any]) -
     record, wanted = root / name, plain_values(provenance)
     wanted["config_hash"] = content_hash(json.dumps(wanted, sort_keys=True).encode())
     if record.exists():
-        found = json.loads(record.read_text())
-        differing = sorted(k for k in {*found, *wanted} - {"config_hash"} if found.get(k) != wanted.get(k))
-        if differing:
-            changes = "; ".join(f"{k}: {found.get(k)} there, {wanted.get(k)} now" for k in differing)
+        found = read_json(record, f"choose another output_dir, or delete {root} if nothing in it is needed")
+        differing = differences({**found, "config_hash": None}, {**wanted, "config_hash": None})
+        if not differing:
+            return found
+        made = [path for path in _visible(root) if path.name not in (name, *(intermediate or ()))]
+        if intermediate is None or made or _is_at_work(root):
             raise ValueError(
-                f"{record} belongs to another run ({changes}); repeat its options to go on, choose another output_dir, "
-                f"or delete {root} if nothing in it is needed"
+                f"{record} belongs to another run ({_said(differing)}); repeat its options to go on, choose another "
+                f"output_dir, or delete {root} if nothing in it is needed"
             )
-        return found
+        for part in (root / name for name in intermediate):
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        write_json(record, wanted)
+        logger.info("%s: of a run that made nothing, with %s; replaced", record, _said(differing))
+        return wanted
     if root.exists() and not root.is_dir():
         raise ValueError(f"output_dir {root} is a file; choose a folder")
-    other = [path for path in root.iterdir() if not path.name.startswith(".")] if root.exists() else []
+    other = _visible(root)
     if record.exists():  # another process of this run was faster
-        return claim_folder(output_dir, name=name, provenance=provenance)
+        return claim_folder(output_dir, name=name, provenance=provenance, intermediate=intermediate)
     if other:
         raise ValueError(
             f"output_dir {root} holds other files ({other[0].name}, ...) and no {name}; choose a new or empty folder"
         )
     write_json(record, wanted)
     return wanted
+
+
+def _visible(root: Path) -> list[Path]:
+    """What a folder holds, hidden files and folders apart; nothing when there is none."""
+    return sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.exists() else []
+
+
+_LONGEST, _MOST = 60, 5  # ours: characters of a value, and changes, that a message of one line has room for
+
+
+def _said(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changes by the names that options have, each with its two values, shortened."""
+    parts = []
+    for option, values in list(changes.items())[:_MOST]:
+        place, _, file = option.partition("#")
+        before, now = (text if len(text := str(value)) <= _LONGEST else text[:_LONGEST] + "..." for value in values)
+        parts.append(f"{f'{place}: {file}' if '/' in file else option}: {before} there, {now} now")
+    return "; ".join(parts) + (f"; and {len(changes) - _MOST} more" if len(changes) > _MOST else "")
+
+
+def _is_at_work(root: Path) -> bool:
+    """Whether a process is at work on any part of the run."""
+    for path in root.glob(".shard_*.lock"):
+        shard, own = int(path.name.removeprefix(".shard_").removesuffix(".lock")), str(path.resolve()) in _LOCKS
+        try:
+            lock_folder(str(root), shard)
+        except RuntimeError:
+            return True
+        if not own:
+            unlock_folder(str(root), shard)
+    return False
 
 
 def lock_folder(output_dir: str, shard: int = 0) -> None:
@@ -72,10 +129,15 @@ def lock_folder(output_dir: str, shard: int = 0) -> None:
         RuntimeError: if another process is at work there.
     """
     path = Path(output_dir).resolve() / f".shard_{shard}.lock"
+    _lock(path, f"output_dir {output_dir}", f"at work on part {shard} of this run", "output_dir or shard")
+
+
+def _lock(path: Path, place: str, doing: str, other: str) -> None:
+    """Takes a lock file, or refuses: somebody is `doing` something at a `place`; `other` options would do."""
     if str(path) in _LOCKS:
         return
     if sys.platform == "win32":
-        logger.warning("%s: locks need POSIX; start no second run into this folder", output_dir)
+        logger.warning("%s: locks need POSIX; start no second run into it", place)
         return
     import fcntl
 
@@ -85,11 +147,10 @@ def lock_folder(output_dir: str, shard: int = 0) -> None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise RuntimeError(
-            f"output_dir {output_dir}: {file.read().strip()} is at work on part {shard} of this run; wait until it has "
-            "ended or end it, or choose another output_dir or shard"
+            f"{place}: {file.read().strip()} is {doing}; wait until it has ended or end it, or choose another {other}"
         ) from error
     except OSError as error:
-        logger.warning("%s: this file system has no locks (%s); start no second run into it", output_dir, error)
+        logger.warning("%s: this file system has no locks (%s); start no second run into it", place, error)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -98,13 +159,93 @@ def lock_folder(output_dir: str, shard: int = 0) -> None:
 
 def unlock_folder(output_dir: str, shard: int = 0) -> None:
     """Lets other processes do the part of a run that `lock_folder` keeps; without a lock nothing happens."""
-    file = _LOCKS.pop(str(Path(output_dir).resolve() / f".shard_{shard}.lock"), None)
+    _unlock(Path(output_dir).resolve() / f".shard_{shard}.lock")
+
+
+def _unlock(path: Path) -> None:
+    file = _LOCKS.pop(str(path), None)
     if file is not None:
         file.close()
 
 
-NO_OPTIONS = ("finalize", "imports", "initialize", "run", "versions")
-PLACES = ("bundle_root", "ckpt_dir", "dataset_dir", "device", "num_workers", "output_dir", "shard", "shards", "workers")
+class RemoveLeftovers:
+    """Remove what killed processes left half-written in a folder, see :func:`remove_leftovers`, when an engine starts.
+
+    Args:
+        output_dir: the folder; those in it are looked into as well.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator that writes there."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Remove."""
+        remove_leftovers(self.output_dir, below=True)
+
+
+class TrainingPlace:
+    """Where one training at a time writes: its folder, and the file of its weights.
+
+    Of several processes that train together the first takes it for all.
+
+    Args:
+        output_dir: of the training; made.
+        weights: file that it writes; its folder is made.
+    """
+
+    def __init__(self, *, output_dir: str, weights: str) -> None:
+        self.output_dir, self.weights = Path(output_dir), Path(weights)
+        folder, file = self.output_dir.resolve(), self.weights.resolve()
+        self._locks = {
+            folder / ".training.lock": (f"output_dir {output_dir}", "training in this folder", "output_dir"),
+            file.with_name(f".{file.name}.lock"): (weights, "training these weights", "ckpt_dir"),
+        }
+
+    def take(self) -> None:
+        """Lock both until :meth:`run` is over or the process ends, and remove what killed processes left there.
+
+        Raises:
+            RuntimeError: naming the process that is training there.
+            OSError: naming the folder that cannot be written.
+        """
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
+        try:
+            for path, (place, doing, other) in self._locks.items():
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _lock(path, place, doing, other)
+                except OSError as error:
+                    reason = error.strerror or str(error)
+                    raise OSError(error.errno, f"{reason}; choose another {other}", str(path.parent)) from error
+        except BaseException:
+            self._leave()
+            raise
+        remove_leftovers(self.output_dir, below=True)
+        remove_leftovers(self.weights.parent)
+
+    def run(self, trainer: Engine) -> None:
+        """Train, and let others in when it is over in whatever way."""
+        self.take()
+        try:
+            trainer.run()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        for path in self._locks:
+            _unlock(path)
+
+
+NO_OPTIONS = ("files", "finalize", "imports", "initialize", "options", "run", "versions")
+PLACES = (
+    *("bundle_root", "ckpt_dir", "dataset_dir", "device", "num_workers", "output_dir", "shard", "shards"),
+    *("tracking_uri", "use_cuda", "workers"),
+)
 """Options that say where and by how many processes a run is made, not what comes out of it."""
 
 
@@ -142,6 +283,7 @@ class RunFolder:
         inputs: name -> dictionaries of files whose content determines the results.
         known: more of the provenance: program, version.
         shard: number of the part of the run that this process does.
+        intermediate: of :func:`claim_folder`.
     """
 
     def __init__(
@@ -154,9 +296,10 @@ class RunFolder:
         inputs: Mapping[str, Sequence[Mapping[str, Any]]],
         known: Mapping[str, Any],
         shard: int = 0,
+        intermediate: Sequence[str] | None = None,
     ) -> None:
         self.output_dir, self.record, self.resolved, self.leave_out = output_dir, record, resolved, leave_out
-        self.inputs, self.known, self.shard = inputs, known, shard
+        self.inputs, self.known, self.shard, self.intermediate = inputs, known, shard, intermediate
 
     def __enter__(self) -> dict[str, Any]:
         """Claim and lock.
@@ -167,8 +310,9 @@ class RunFolder:
         options = run_options(self.resolved, [*self.leave_out, *self.inputs])
         inputs = {name: file_hashes(cases, ["image", "label", "file"]) for name, cases in self.inputs.items()}
         provenance = {**self.known, **inputs, **options}
-        claimed = claim_folder(self.output_dir, name=self.record, provenance=provenance)
+        claimed = claim_folder(self.output_dir, name=self.record, provenance=provenance, intermediate=self.intermediate)
         lock_folder(self.output_dir, self.shard)
+        remove_leftovers(Path(self.output_dir), below=True)
         return claimed
 
     def __exit__(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 import torch
+from custom.runs.files import differences, plain_values
+from custom.runs.folders import run_options
+from custom.runs.weights import UNREADABLE, last_line, save_atomically
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointLoader
 
-from custom.runs.weights import UNREADABLE, last_line, save_atomically
-
 logger = logging.getLogger(__name__)
+_RUN = "run"
+"""Key of the options in a checkpoint; older versions had a few of them under "options"."""
 
 
 class SeedEachEpoch:
@@ -57,8 +60,9 @@ class Resume:
         objects: name -> object with `state_dict` and `load_state_dict`.
         path: of the one checkpoint file.
         device: where to load to.
-        options: numbers and texts that a run must repeat to be continued: others would be ignored, since what they
-            set is part of the state.
+        resolved, leave_out: of :func:`custom.runs.folders.run_options`: what a run must repeat to be continued. Other
+            values would be ignored, since what they set is part of the state, or lead to another result.
+        options: more of it, by name.
         forget_when_done: remove the file at the end of a run, so that the next one is another training; else a finished
             run stays finished.
 
@@ -72,11 +76,14 @@ class Resume:
         path: str,
         device: torch.device,
         *,
+        resolved: Mapping[str, Any] | None = None,
+        leave_out: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
         forget_when_done: bool = False,
     ) -> None:
         self.objects, self.path, self.forget_when_done = objects, Path(path), forget_when_done
-        self.options, self.places = dict(options or {}), {"cpu": str(device), "cuda:0": str(device)}
+        self.resolved, self.leave_out, self.more = resolved or {}, leave_out, dict(options or {})
+        self.places = {"cpu": str(device), "cuda:0": str(device)}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, before handlers that look at whether it was resumed."""
@@ -85,6 +92,8 @@ class Resume:
     def __call__(self, engine: Engine) -> None:
         """Load the checkpoint, if any, and begin to save."""
         state = {**self.objects, "trainer": engine}
+        options = run_options(self.resolved, self.leave_out)
+        self.options = {**options, **plain_values(self.more), "processes": idist.get_world_size()}
         if self.path.exists():
             self._load(engine, state)
             logger.info("resumed from %s at epoch %d", self.path, engine.state.epoch)
@@ -96,10 +105,9 @@ class Resume:
     def _load(self, engine: Engine, state: dict[str, Any]) -> None:
         remedy = "repeat that run's options to go on with it; to start anew delete the file or set another output_dir"
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True).get("options", {})
-            changed = {
-                key: (saved[key], value) for key, value in self.options.items() if saved.get(key, value) != value
-            }
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            before = saved[_RUN] if _RUN in saved else self._of_older_version(saved)
+            changed = differences(before, self.options)
             if not changed:
                 CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.places)(engine)
         except (*UNREADABLE, KeyError, ValueError) as error:
@@ -107,10 +115,17 @@ class Resume:
                 f"{self.path}: this interrupted run cannot be continued ({last_line(error)}); {remedy}"
             ) from error
         if changed:
-            words = ", ".join(f"{key} {before}, now {now}" for key, (before, now) in changed.items())
+            words = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in changed.items())
             raise ValueError(f"{self.path}: is of an interrupted run with {words}; {remedy}")
+
+    def _of_older_version(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a run that recorded few of them: the others are taken to be the same."""
+        known = dict(saved.get("options", {}))
+        others = sorted({*self.options} - {*known})
+        logger.warning("%s: was written by an older version; not compared are %s", self.path, ", ".join(others))
+        return {**self.options, **known}
 
     def save(self, engine: Engine, state: dict[str, Any]) -> None:
         """Write the checkpoint."""
         content = {name: part.state_dict() for name, part in state.items()}
-        save_atomically({**content, "options": self.options}, self.path)
+        save_atomically({**content, _RUN: self.options}, self.path)

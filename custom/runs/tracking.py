@@ -3,35 +3,121 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import unquote
 
 import mlflow
 import numpy as np
+from custom.runs.files import process_mark, remove_leftovers
+from ignite.engine import Engine
+from mlflow.exceptions import MlflowException
+from monai.handlers import MLFlowHandler
+from sqlalchemy.exc import SQLAlchemyError
 
 EXPERIMENT = "structdiff_cardiac"
+_ENVIRONMENT = "MLFLOW_TRACKING_URI"
 
 
 def tracking_store(output_dir: str | os.PathLike) -> str:
-    """URI of the MLflow store `mlflow.db` of an output folder, which is made whole or not at all.
+    """URI of the MLflow store `mlflow.db` of an output folder; the store is made when there is something to log.
+
+    Characters that would begin another part of a URI are escaped.
+    """
+    store = str(Path(output_dir).absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+    return f"{_SQLITE}{store}"
+
+
+_SQLITE = "sqlite:///"
+_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+
+
+@contextmanager
+def _own_store(tracking_uri: str) -> Iterator[None]:
+    """Names a store that fails, and keeps `MLFLOW_TRACKING_URI` of the environment from what is done inside."""
+    elsewhere = os.environ.pop(_ENVIRONMENT, None)
+    try:
+        yield
+    except _ERRORS as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        if tracking_uri.startswith(_SQLITE):
+            where, remedy = (
+                str(_file_of(tracking_uri)),
+                "make room on a full disk, else move it away: it is a log alone",
+            )
+        else:
+            where, remedy = f"tracking_uri {tracking_uri}", "start the server, or leave the option out"
+        raise RuntimeError(f"{where}: MLflow cannot log here ({reason}); {remedy}") from error
+    finally:
+        if elsewhere is not None:
+            os.environ[_ENVIRONMENT] = elsewhere
+
+
+def _file_of(tracking_uri: str) -> Path:
+    return Path(unquote(tracking_uri.removeprefix(_SQLITE)))
+
+
+def open_store(tracking_uri: str) -> mlflow.MlflowClient:
+    """Client of an MLflow store; one of an output folder is made whole or not at all.
 
     MLflow takes seconds to make its tables: a process killed meanwhile would leave a store that no later run can open.
-    Processes of a rank above 0 make nothing.
+
+    Raises:
+        RuntimeError: naming a store that is damaged, or that cannot be reached.
     """
-    store = Path(output_dir).absolute() / "mlflow.db"
-    if not store.exists() and int(os.environ.get("RANK", 0)) == 0:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=store.parent, prefix=".mlflow_") as folder:
-            unfinished = Path(folder) / store.name
-            mlflow.MlflowClient(f"sqlite:///{unfinished}")
-            unfinished.replace(store)
-    return f"sqlite:///{store}"
+    with _own_store(tracking_uri):
+        if tracking_uri.startswith(_SQLITE) and not (store := _file_of(tracking_uri)).exists():
+            store.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(store.parent)
+            with TemporaryDirectory(dir=store.parent, prefix=process_mark("mlflow")) as folder:
+                mlflow.MlflowClient(tracking_store(folder))
+                (Path(folder) / store.name).replace(store)
+        return mlflow.MlflowClient(tracking_uri)
+
+
+class LogToMLFlow(MLFlowHandler):
+    """MONAI's `MLFlowHandler`, whose store the environment does not change: there `MLFLOW_TRACKING_URI` would win.
+
+    Args:
+        tracking_uri: of the store, see :func:`open_store`.
+        options: of `MLFlowHandler`.
+
+    Raises:
+        RuntimeError: naming a store that cannot be written.
+    """
+
+    def __init__(self, tracking_uri: str, **options: Any) -> None:
+        self.uri = tracking_uri
+        open_store(tracking_uri)
+        with _own_store(tracking_uri):
+            super().__init__(tracking_uri, **options)
+
+    def start(self, engine: Engine) -> None:
+        """As MONAI's."""
+        with _own_store(self.uri):
+            super().start(engine)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        """As MONAI's."""
+        with _own_store(self.uri):
+            super().iteration_completed(engine)
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """As MONAI's."""
+        with _own_store(self.uri):
+            super().epoch_completed(engine)
+
+    def close(self) -> None:
+        """As MONAI's."""
+        with _own_store(self.uri):
+            super().close()
 
 
 def log_run(
-    tracking_uri: str | Callable[[], str],
+    tracking_uri: str,
     output_dir: str | os.PathLike,
     *,
     run_name: str,
@@ -42,23 +128,23 @@ def log_run(
     """Log what a stage without an engine made as one MLflow run; artifacts are kept in the output folder.
 
     Args:
-        tracking_uri: of MLflow, or a function that gives it: a store is made only when there is something to log.
+        tracking_uri: of the store, see :func:`open_store`.
         output_dir: of the stage; else artifacts would go to the folder of the caller.
         run_name: of the run.
         params, metrics: numbers that are not finite are left out.
         artifacts: files to copy.
     """
-    # A client, not mlflow's global state: that is also the environment's, and MONAI's handler heeds it first.
-    client = mlflow.MlflowClient(tracking_uri() if callable(tracking_uri) else tracking_uri)
-    known = client.get_experiment_by_name(EXPERIMENT)
-    place = (Path(output_dir) / "mlartifacts").resolve().as_uri()
-    experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, artifact_location=place)
-    run = client.create_run(experiment, run_name=run_name).info.run_id
-    for name, value in params.items():
-        client.log_param(run, name, value)
-    for name, value in metrics.items():
-        if np.isfinite(value):
-            client.log_metric(run, name, value)
-    for artifact in artifacts:
-        client.log_artifact(run, str(artifact))
-    client.set_terminated(run)
+    client = open_store(tracking_uri)  # not mlflow's global state, which is also the environment's
+    with _own_store(tracking_uri):
+        known = client.get_experiment_by_name(EXPERIMENT)
+        place = (Path(output_dir) / "mlartifacts").resolve().as_uri()
+        experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, artifact_location=place)
+        run = client.create_run(experiment, run_name=run_name).info.run_id
+        for name, value in params.items():
+            client.log_param(run, name, value)
+        for name, value in metrics.items():
+            if np.isfinite(value):
+                client.log_metric(run, name, value)
+        for artifact in artifacts:
+            client.log_artifact(run, str(artifact))
+        client.set_terminated(run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import os
 import pickle
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from custom.runs.files import replace_file
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
-
-from custom.runs.files import replace_file
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,19 @@ def last_line(error: Exception) -> str:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a hidden neighbour, then move it in place; an error leaves no part of it."""
-    replace_file(path, lambda part: torch.save(content, part))
+    """`torch.save` to a hidden neighbour, then move it in place; an error leaves no part of it.
+
+    Raises:
+        OSError: naming the file, when the disk is full or the folder cannot be written.
+    """
+
+    def write(part: Path) -> None:
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # what torch calls a full disk
+            raise OSError(errno.EIO, "torch could not write all of it, the disk may be full") from error
+
+    replace_file(path, write)
 
 
 class WeightAverage(EMAHandler):
@@ -83,7 +97,7 @@ class LoadWeights:
 
     Raises:
         FileNotFoundError: when the file is missing.
-        ValueError: when it holds the weights of another network.
+        ValueError: when it holds the weights of another network, or such that are not finite.
     """
 
     def __init__(self, model: torch.nn.Module, path: str) -> None:
@@ -106,6 +120,57 @@ class LoadWeights:
                 f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
                 "use the `network_def` (preset) they were trained with"
             ) from error
+        if not is_finite(self.model):
+            raise ValueError(
+                f"{self.path}: these weights are NaN or infinite, they are of a training that diverged; train anew, or "
+                "use others"
+            )
+
+
+def is_finite(model: torch.nn.Module) -> bool:
+    """Whether all weights and buffers are numbers."""
+    return all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+class RefuseDivergence:
+    """End a training with an error as soon as its loss, or a weight at the end of an epoch, is not finite.
+
+    Attach before handlers that write weights: those of earlier epochs stay.
+
+    Args:
+        network: the bare network.
+        learning_rate: of the training, which the message names.
+        output_dir: of the training, where its state of earlier epochs lies.
+
+    Raises:
+        ValueError: naming epoch and iteration, and the option to change.
+    """
+
+    def __init__(self, network: torch.nn.Module, *, learning_rate: float, output_dir: str) -> None:
+        self.network, self.learning_rate, self.output_dir = network, learning_rate, output_dir
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
+
+    def check_loss(self, engine: Engine) -> None:
+        """Look at one loss."""
+        loss = float(engine.state.output[Keys.LOSS].detach())  # type: ignore[index]
+        if not math.isfinite(loss):
+            self._refuse(engine, f"the loss is {loss}")
+
+    def check_weights(self, engine: Engine) -> None:
+        """Look at all weights: a last step may have spoilt them after a loss that was finite."""
+        if not is_finite(self.network):
+            self._refuse(engine, "weights are NaN or infinite")
+
+    def _refuse(self, engine: Engine, what: str) -> None:
+        when = f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+        raise ValueError(
+            f"learning_rate {self.learning_rate}: the training diverged, {what} in {when}; lower it, and set another "
+            f"output_dir or delete {Path(self.output_dir) / 'resume.pt'}; weights that were written earlier stay"
+        )
 
 
 class KeepBest:
@@ -142,17 +207,18 @@ class KeepBest:
 
 
 class KeepLast:
-    """Write the weights at the end of a training, atomically; one that fails or is interrupted writes nothing.
+    """Write the weights at the end of a training without a best, atomically; one that fails writes nothing.
 
     MONAI's `CheckpointSaver` with `save_final` would also write those of a training that failed.
 
     Args:
         model: whose state dict is written.
         path: file to write.
+        keep_best: what has written the weights already, unless no validation gave a score.
     """
 
-    def __init__(self, model: torch.nn.Module, path: str) -> None:
-        self.model, self.path = model, Path(path)
+    def __init__(self, model: torch.nn.Module, path: str, *, keep_best: KeepBest | None = None) -> None:
+        self.model, self.path, self.keep_best = model, Path(path), keep_best
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -160,5 +226,7 @@ class KeepLast:
 
     def __call__(self, engine: Engine) -> None:
         """Write the weights."""
-        if idist.get_rank() == 0:
-            save_atomically(self.model.state_dict(), self.path)
+        if idist.get_rank() != 0 or (self.keep_best is not None and self.keep_best.best > -float("inf")):
+            return
+        save_atomically(self.model.state_dict(), self.path)
+        logger.info("no validation gave a score: the last weights are kept: %s", self.path)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from custom.volumes.cases import check_files, load_cases, read_number
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from ignite.engine import Engine, Events
-
 from custom.segmentation.loss import CALLoss
+from ignite.engine import Engine, Events
 
 logger = logging.getLogger(__name__)
 

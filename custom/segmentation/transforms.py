@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from monai.engines.utils import PrepareBatch
-
 from custom.volumes.grids import on_device
+from monai.engines.utils import PrepareBatch
 
 
 class PrepareConfidence(PrepareBatch):

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import LoadImage, MapLabelValue
-
-from custom.runs.files import content_hash, file_hash
-from custom.volumes.cases import case_name, check_files, check_names
+from custom.runs.files import content_hash, file_hash, read_json
+from custom.volumes.cases import check_files, check_names, mapped_entry, with_template, with_template_names
+from custom.volumes.names import case_name, case_names
+from custom.volumes.numbering import check_mapping
+from custom.volumes.reading import read_labels
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ("source", "nearest", "random", "all")
 
 
-def renumbered(ids: np.ndarray, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Label ids with "from" replaced by "to", int64; others stay."""
-    if not label_mapping["from"]:  # which MONAI refuses
-        return ids.astype(np.int64)
-    return np.asarray(MapLabelValue(label_mapping["from"], label_mapping["to"], dtype=np.int64)(ids))
-
-
-def _volumes(path: str, num_labels: int, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
+def _volumes(item: Mapping[str, Any], num_labels: int, label_mapping: Mapping[str, Sequence[int]]) -> np.ndarray:
     """Volume of each label in ml; ids beyond the map are left out."""
-    volume = LoadImage()(path)
-    ids = renumbered(volume.numpy(), label_mapping)
-    counts = np.bincount(ids.ravel().clip(0), minlength=num_labels)
+    volume = read_labels(item, label_mapping)
+    counts = np.bincount(volume.numpy().astype(np.int64).ravel().clip(0), minlength=num_labels)
     return counts[1:num_labels] * float(volume.pixdim.prod()) / 1000
+
+
+def _agreeing_folders(template: Mapping[str, Any], source: str) -> int:
+    """So many parts at the end of two paths are the same, file endings apart; 0 when the names are not."""
+    first, second = (Path(path) for path in (template["label"], source))
+    if case_name(str(first)) != case_name(str(second)):
+        return 0
+    pairs = list(zip(reversed(first.parent.parts), reversed(second.parent.parts), strict=False))
+    return 1 + next((k for k, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def _of_source(mask: Mapping[str, Any], templates: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The template that a mask was made from: by its path, else, as data may have moved, by the end of that."""
+    source = str(mask.get("source", ""))
+    chosen = [t for t in templates if Path(t["label"]).resolve() == Path(source).resolve()]
+    if not chosen:
+        agreeing = [_agreeing_folders(template, source) for template in templates]
+        chosen = [t for t, n in zip(templates, agreeing, strict=True) if n == max(agreeing) > 0]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"{mask['label']}: {len(chosen)} templates, not one, have the label {mask.get('source')} that it "
+            "was made from; list it once, or choose templates by 'nearest' or 'random'"
+        )
+    return chosen[0]
 
 
 def synthesis_cases(
@@ -48,8 +64,9 @@ def synthesis_cases(
     """Which mask is rendered from which template.
 
     Args:
-        masks: items with `label`, and `source` (the label file that a mask was made from) for the choice "source".
-        templates: `{"image": file, "label": file}`, at least one.
+        masks: items with `label`, and `source` (the label file that a mask was made from) for the choice "source";
+            `mapped_label` where its ids are those of the model.
+        templates: `{"image": file, "label": file}`, at least one; with `mapped_label` as well.
         choice: "source" takes the template that the mask was made from, "nearest" those with the most similar label
             volumes, "random" draws, "all" takes every template.
         images_per_mask: templates a mask; "source" has one, "all" takes them all.
@@ -59,12 +76,13 @@ def synthesis_cases(
         mode: of rendering; only "template" can be judged against a template.
 
     Returns:
-        `label`, `case`, `template_image`, `template_label` of every image.
+        `label`, `case`, `template_image`, `template_label` of every image, `mapped_label` and `mapped_template_label`
+        where it is known.
 
     Raises:
         FileNotFoundError: naming all missing files.
-        ValueError: on an unknown choice, too few templates, a mask without a template of its source, or two cases of
-            one name.
+        ValueError: on an unknown choice, too few templates, a mask without a template of its source, a mapping that
+            cannot be meant, or a mask or template that is listed twice.
     """
     if choice not in CHOICES:
         raise ValueError(f"template_choice: must be one of {CHOICES}, got {choice!r}")
@@ -77,33 +95,29 @@ def synthesis_cases(
     if choice in ("nearest", "random") and not 1 <= images_per_mask <= len(templates):
         raise ValueError(f"images_per_mask: must be 1 to the {len(templates)} templates, got {images_per_mask}")
     check_files([*masks, *templates], "target masks and templates")
-    volumes = [_volumes(t["label"], num_labels, label_mapping) for t in templates] if choice == "nearest" else []
+    check_mapping(label_mapping, num_labels)
+    volumes = [_volumes(t, num_labels, label_mapping) for t in templates] if choice == "nearest" else []
+    named: list[Mapping[str, Any]] = [*with_template_names(templates)]
     cases = []
-    for mask in masks:
-        name = case_name(mask["label"])
+    for mask, name in zip(masks, case_names([mask["label"] for mask in masks]), strict=True):
         if choice == "source":
-            source = str(mask.get("source", ""))
-            chosen = [t for t in templates if Path(t["label"]).resolve() == Path(source).resolve()]
-            chosen = chosen or [t for t in templates if case_name(t["label"]) == case_name(source)]
-            if len(chosen) != 1:
-                raise ValueError(
-                    f"{mask['label']}: {len(chosen)} templates, not one, have the label {mask.get('source')} that it "
-                    "was made from; list it once, or choose templates by 'nearest' or 'random'"
-                )
+            chosen = [_of_source(mask, named)]
         elif choice == "nearest":
-            own = _volumes(mask["label"], num_labels, label_mapping)
+            own = _volumes(mask, num_labels, label_mapping)
             distance = [float(np.abs(np.log1p(own) - np.log1p(v)).sum()) for v in volumes]
-            chosen = [templates[i] for i in np.argsort(distance, kind="stable")[:images_per_mask]]
+            chosen = [named[i] for i in np.argsort(distance, kind="stable")[:images_per_mask]]
         elif choice == "random":
             rng = np.random.default_rng(int(content_hash(f"{seed}:{name}".encode()), 16))
-            chosen = [templates[i] for i in rng.permutation(len(templates))[:images_per_mask]]
+            chosen = [named[i] for i in rng.permutation(len(named))[:images_per_mask]]
         else:
-            chosen = list(templates)
-        for template in chosen:
-            case = {"label": mask["label"], "case": f"{name}_from_{case_name(template['image'])}"}
-            cases.append(case | {"template_image": template["image"], "template_label": template["label"]})
+            chosen = named
+        case = {"label": mask["label"], "case": name, **mapped_entry(mask, mask["label"], "masks")}
+        cases += [with_template(case, template) for template in chosen]
     check_names(cases, "masks and templates")
     return cases
+
+
+_OF_A_RECORD = {"case", "files", "mask_hash", "measures", "paths", "rejected", "score_hu", "template"}
 
 
 def record_of(output_dir: str, case: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -113,9 +127,11 @@ def record_of(output_dir: str, case: Mapping[str, Any]) -> dict[str, Any] | None
     if not record.exists():
         return None
     try:
-        content: dict[str, Any] = json.loads(record.read_text())
-    except json.JSONDecodeError:
-        logger.warning("%s is damaged; the case is made again", record)
+        content = read_json(record, "the case is made again")
+        if absent := sorted(_OF_A_RECORD - content.keys()):
+            raise ValueError(f"{record}: is damaged (it has no {absent}); the case is made again")
+    except ValueError as error:
+        logger.warning("%s", error)
         return None
     if file_hash(case["label"]) != content["mask_hash"]:
         logger.warning("%s has changed since; %s is made again", case["label"], case["case"])

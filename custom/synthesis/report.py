@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from custom.evaluation.comparison import COUNTS, label_table, paired_table, read_evaluations
+from custom.evaluation.sets import SET_MEASURES
+from custom.runs.files import read_json, replace_file
+from custom.runs.tracking import log_run
+from custom.volumes.names import case_names
+from custom.volumes.pictures import case_png, histogram_png, ranges_png, read_ras, upright
+from custom.volumes.reading import read_labels
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
-
-from custom.evaluation.comparison import label_table, paired_table, read_evaluations
-from custom.evaluation.sets import SET_MEASURES
-from custom.runs.files import replace_file
-from custom.runs.tracking import log_run
-from custom.volumes.pictures import case_png, histogram_png, ranges_png, read_ras
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def _read_volumes(
     names: Sequence[str],
     vessel_labels: Sequence[int],
     shown: set[str],
+    label_mapping: Mapping[str, Sequence[int]],
 ) -> tuple[dict[str, dict[str, str]], dict[str, Values]]:
     """Pictures of the cases that are shown, and HU of the labels, synthetic and real."""
     rng = np.random.default_rng(0)
@@ -77,25 +79,26 @@ def _read_volumes(
         if record["case"] in shown:
             caption = f"{record['case']}, score {record['score_hu']:.1f} HU"
             pictures[record["case"]] = _picture(case_png(image, label, trust, vessel_labels=vessel_labels), caption)
-    templates = {(r["template"]["image"], r["template"]["label"]) for r in [*kept, *rejected]}
-    for files in sorted(templates):
-        image, label = map(read_ras, files)
+    templates = {(r["template"]["image"], r["template"]["label"]): r["template"] for r in [*kept, *rejected]}
+    for (image_file, _), template in sorted(templates.items()):
+        image, label = read_ras(image_file), upright(read_labels(template, label_mapping))
         _add_values(groups["real templates"], image, label, names, _VOXELS // len(templates), rng)
     return pictures, groups
 
 
 def _case_rows(records: Sequence[Record]) -> list[list[Any]]:
     rows = []
-    for record in records:
+    templates = case_names([record["template"]["image"] for record in records])
+    for record, template in zip(records, templates, strict=True):
         measures = record["measures"]
         errors = [abs(v) for v in measures["label_error_hu"].values()]
         rows.append(
             [
                 record["case"],
-                Path(record["template"]["image"]).name,
+                template,
                 float(record["score_hu"]),
                 float(max(errors, default=float("nan"))),
-                *(float(measures[k]) for k in ("vessel_contrast", "vessel_continuity", "template_copy")),
+                *(measures[k] for k in ("vessel_contrast", "vessel_continuity", "template_copy")),
             ]
         )
     return rows
@@ -128,28 +131,34 @@ def _set_section(measures: Mapping[str, Any]) -> dict[str, Any]:
 def _segmenter_section(evaluations: Mapping[str, str], vessel_names: Sequence[str]) -> dict[str, Any]:
     """What segmenters reach on test cases, and their pictures of the first of these."""
     read = read_evaluations(evaluations)
-    measures: list[tuple[str, str | None]] = [("dice", None)]
+    counts = [metric for metric in COUNTS if all(metric in table for table in read.values())]  # not before version 0.4
+    measures: list[tuple[str, str | None]] = [("dice", None), *((metric, None) for metric in counts)]
     measures += [(metric, name) for name in vessel_names for metric in ("dice", "cl_dice", "hd95_mm", "betti_error_0")]
     first = min(next(iter(read.values())).index.unique("case"))
     pictures = {name: Path(folder) / "pictures" / f"{first}.png" for name, folder in evaluations.items()}
     return {
         "paired": paired_table(read, measures),
         "dice": label_table(read, "dice"),
+        "counts": [(metric, *label_table(read, metric)) for metric in counts],
         "pictures": [
             _picture(path.read_bytes(), f"{name}: {first}") for name, path in pictures.items() if path.exists()
         ],
     }
 
 
+_AGAIN = "run `synthesizing` again, which writes it anew"
+
+
+def _records(root: Path, items: Sequence[Mapping[str, Any]]) -> list[Record]:
+    return [read_json(root / item["record"], _AGAIN) for item in items]
+
+
 def _read_set(listing: Path) -> tuple[list[Record], list[Record], Mapping[str, Any]]:
     """Records of a finished synthesis, kept ones sorted by score and rejected ones, and its provenance."""
     if not listing.exists():
         raise FileNotFoundError(f"{listing}: no synthetic data set; run synthesize.json first")
-    content = json.loads(listing.read_text())
-    kept, rejected = (
-        [json.loads((listing.parent / item["record"]).read_text()) for item in content[section]]
-        for section in ("training", "rejected")
-    )
+    content = read_json(listing, _AGAIN)
+    kept, rejected = (_records(listing.parent, content[section]) for section in ("training", "rejected"))
     if not kept + rejected:
         raise ValueError(f"{listing}: the data set is empty; there is nothing to report")
     return sorted(kept, key=lambda record: record["score_hu"]), rejected, content["provenance"]
@@ -162,7 +171,7 @@ def write_report(
     vessel_labels: Sequence[int],
     max_cases: int = 12,
     evaluations: Mapping[str, str] | None = None,
-    tracking_uri: str | Callable[[], str] | None = None,
+    tracking_uri: str | None = None,
 ) -> str:
     """Write `report.html`: cohort table, scores, HU against the real cases, pictures, rejected cases, provenance.
 
@@ -176,7 +185,7 @@ def write_report(
         vessel_labels: ids of the projections.
         max_cases: so many cases are pictured, those of the highest and lowest scores among them; rejected ones apart.
         evaluations: name -> output folder of `evaluate.json` of the segmenter; others are compared with the first.
-        tracking_uri: of MLflow, where the report is logged, or a function that gives it; None leaves that out.
+        tracking_uri: of MLflow, where the report is logged; None leaves that out.
 
     Returns:
         path of the page.
@@ -188,7 +197,13 @@ def write_report(
     root = Path(output_dir)
     kept, rejected, provenance = _read_set(root / "datalist.json")
     pictures, groups = _read_volumes(
-        root, kept, rejected, names=label_names, vessel_labels=vessel_labels, shown=_shown(kept, rejected, max_cases)
+        root,
+        kept,
+        rejected,
+        names=label_names,
+        vessel_labels=vessel_labels,
+        shown=_shown(kept, rejected, max_cases),
+        label_mapping=provenance.get("label_mapping", {"from": [], "to": []}),
     )
     hu = {group: {name: np.concatenate(parts) for name, parts in values.items()} for group, values in groups.items()}
     scores = [record["score_hu"] for record in [*kept, *rejected]]
@@ -199,7 +214,7 @@ def write_report(
         cases=_case_rows(kept),
         scores=_picture(histogram_png(scores, name="score, HU"), "Scores of all cases, those kept apart included"),
         intensities=_picture(ranges_png(hu, name="HU"), "Median and 5 to 95 % of the voxels of each label"),
-        of_set=_set_section(json.loads(measured.read_text())) if measured.exists() else None,
+        of_set=_set_section(read_json(measured, "run `measuring` again")) if measured.exists() else None,
         segmenters=_segmenter_section(evaluations, [label_names[k] for k in vessel_labels]) if evaluations else None,
         pictures=[pictures[r["case"]] for r in kept if r["case"] in pictures],
         reasons=[[r["case"], "; ".join(r["rejected"])] for r in rejected],

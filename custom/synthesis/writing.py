@@ -7,18 +7,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from ignite.engine import Engine
-from monai.data import MetaTensor
-from monai.transforms import LoadImage, Transform
-
 from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.runs.files import file_hash, write_json
 from custom.runs.folders import RunFolder
-from custom.synthesis.cases import record_of, renumbered
+from custom.synthesis.cases import record_of
 from custom.volumes.grids import as_batch
+from custom.volumes.numbering import mapped_key
+from custom.volumes.reading import read_labels
 from custom.volumes.writing import write_volume
+from ignite.engine import Engine
+from monai.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class SaveSyntheticd(Transform):
     Args:
         output_dir: of the run.
         cases: all of the run, as `synthesis_cases` gives them; records keep where an image came from.
-        label_mapping: "from" and "to" ids, applied to the mask as it was to what the network saw.
+        label_mapping: "from" and "to" ids, applied to a mask of the user as it was to what the network saw.
     """
 
     def __init__(
@@ -78,9 +77,7 @@ class SaveSyntheticd(Transform):
         write_volume(self.root / files["image"], data["pred"], dtype="int16")
         write_volume(self.root / files["confidence"], data["confidence"], dtype="float32", digits=2)
         source = self.sources[case]
-        mask = LoadImage()(source["label"])
-        ids = renumbered(mask.numpy(), self.label_mapping).astype(np.uint8)
-        write_volume(self.root / files["label"], MetaTensor(ids[None], affine=mask.affine), dtype="uint8")
+        write_volume(self.root / files["label"], read_labels(source, self.label_mapping), dtype="uint8")
         content = {
             "case": case,
             "rejected": data["rejected"],
@@ -88,12 +85,19 @@ class SaveSyntheticd(Transform):
             "measures": data["measures"],
             "mask": source["label"],
             "mask_hash": file_hash(source["label"]),
-            "template": {"image": source["template_image"], "label": source["template_label"]},
+            "template": _template(source),
             "paths": files,
             "files": {file: file_hash(str(self.root / file)) for file in files.values()},
         }
         write_json(self.root / "records" / f"{case}.json", content)
         return dict(data)
+
+
+def _template(case: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the template: an item as in a datalist."""
+    template = {"image": case["template_image"], "label": case["template_label"]}
+    mapped = mapped_key("template_label")
+    return template | ({mapped_key("label"): case[mapped]} if mapped in case else {})
 
 
 def write_synthetic_datalist(
@@ -114,6 +118,7 @@ def write_synthetic_datalist(
         lists: dict[str, list[dict[str, Any]]] = {"training": [], "rejected": []}
         for record in sorted(records, key=lambda record: record["case"]):
             item = {**record["paths"], "score_hu": record["score_hu"], "record": f"records/{record['case']}.json"}
+            item[mapped_key("label")] = True
             if record["rejected"]:
                 lists["rejected"].append(item | {"reasons": record["rejected"]})
             else:

@@ -1,19 +1,29 @@
 """One case: lists, reading and checks, writing, grids, intensities, pictures."""
 
 from custom.volumes.anatomy import Anatomy
-from custom.volumes.cases import check_files, load_cases, rendering_cases, unfinished
+from custom.volumes.cases import (
+    check_files,
+    load_cases,
+    rendering_cases,
+    segmentation_cases,
+    unfinished,
+    validation_cases,
+)
 from custom.volumes.grids import InvertImaged
-from custom.volumes.reading import LoadVolumesd, reading
-from custom.volumes.writing import SaveVolumed
+from custom.volumes.reading import LoadVolumesd, reading_chain
+from custom.volumes.writing import CheckFinited, SaveVolumed
 
 __all__ = [
     "Anatomy",
+    "CheckFinited",
     "InvertImaged",
     "LoadVolumesd",
     "SaveVolumed",
     "check_files",
     "load_cases",
-    "reading",
+    "reading_chain",
     "rendering_cases",
+    "segmentation_cases",
     "unfinished",
+    "validation_cases",
 ]

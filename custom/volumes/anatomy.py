@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from custom.volumes.gate import is_number
+
 __all__ = ["Anatomy", "Label"]
 
 
@@ -47,6 +49,17 @@ class Label:
     pieces_kept: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("contrast_sd_hu", "class_weight", "components", "handles", "nominal_hu"):
+            value, whole = getattr(self, name), name in ("components", "handles")
+            if not (value is None and name == "nominal_hu") and not (
+                is_number(value) and (value % 1 == 0 or not whole)
+            ):
+                raise ValueError(f"{self.name}: {name} must be a {'whole ' * whole}number, got {value!r}")
+        for name in ("thin", "homogeneous", "wall", "keep"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{self.name}: {name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.touches, (list, tuple)):
+            raise ValueError(f"{self.name}: touches must be a list of label ids, got {self.touches!r}")
         if self.components < 1:
             raise ValueError(f"{self.name}: components must be at least 1, got {self.components}; leave the label out")
         if self.handles < 0:
@@ -58,7 +71,12 @@ class Label:
         if self.pieces_kept not in (None, 1, 2):
             raise ValueError(f"{self.name}: pieces_kept must be 1, 2 or null for all, got {self.pieces_kept}")
         limits = self.plausible_hu
-        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+        if limits is not None and not (
+            isinstance(limits, (list, tuple))
+            and len(limits) == 2
+            and all(map(is_number, limits))
+            and limits[0] < limits[1]
+        ):
             raise ValueError(f"{self.name}: plausible_hu must be [lowest, highest] mean or null, got {limits}")
 
 
@@ -75,6 +93,8 @@ class Anatomy:
     """
 
     def __init__(self, rows: Mapping[Any, Mapping[str, Any]]) -> None:
+        if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
+            raise ValueError(f"anatomy: must be a table, with a row of columns for each label id, got {rows!r}")
         self.labels = {_label_id(key): _label(key, row) for key, row in rows.items()}
         self.num_labels = len(self.labels)
         if sorted(self.labels) != list(range(self.num_labels)) or self.num_labels < 2:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from custom.volumes.headers import check_ending
+from custom.volumes.names import case_name, case_names
+from custom.volumes.numbering import is_mapped, mapped_key
 from monai.data import load_decathlon_datalist
+
+logger = logging.getLogger(__name__)
+
+
+class NoCaseError(ValueError):
+    """No list has a case in a section."""
+
 
 _FILE_KEYS = ("image", "label", "confidence", "template_image", "template_label")
 
@@ -26,11 +39,6 @@ def check_files(items: Sequence[Mapping[str, Any]], source: str) -> None:
         raise FileNotFoundError(f"{source}: {len(missing)} listed files do not exist: {', '.join(missing)}")
 
 
-def case_name(path: str) -> str:
-    """File name without folder and NIfTI ending."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
-
-
 def _refuse(item: Mapping[str, Any], key: str, rule: str, source: str) -> None:
     raise ValueError(f"{source}: {key} must be {rule}, got {item[key]!r} in {dict(item)}; leave out what there is not")
 
@@ -38,6 +46,7 @@ def _refuse(item: Mapping[str, Any], key: str, rule: str, source: str) -> None:
 def _file(item: Mapping[str, Any], key: str, source: str) -> str:
     if not isinstance(item[key], str):
         _refuse(item, key, "the name of a file", source)
+    check_ending(item[key])
     return str(item[key])
 
 
@@ -46,6 +55,23 @@ def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
     if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
         _refuse(item, key, "a number, at least 0", source)
     return float(item[key])
+
+
+def mapped_entry(item: Mapping[str, Any], label: str, source: str, key: str = "label") -> dict[str, bool]:
+    """What a case says under `mapped_<key>` of a label: what its item states, or True where a stage has written it."""
+    stated = item.get(mapped_key("label"))
+    if not isinstance(stated, bool | None):
+        _refuse(item, mapped_key("label"), "true or false", source)
+    mapped = is_mapped(label, stated)
+    return {mapped_key(key): mapped} if mapped or stated is not None else {}
+
+
+def _names(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the cases by their label files; by their images where one label file belongs to several."""
+    images: dict[str, set[str]] = {}
+    for case in cases:
+        images.setdefault(case["label"], set()).add(case.get("image", ""))
+    return case_names([case["image"] if len(images[case["label"]]) > 1 else case["label"] for case in cases])
 
 
 def load_cases(
@@ -69,11 +95,12 @@ def load_cases(
         check: whether to look for the files; false where :func:`check_files` looks for those of several lists at once.
 
     Returns:
-        one dictionary a case: `keys` as absolute paths, `case` (name of its label file) and `weight`.
+        one dictionary a case: `keys` as absolute paths, `case` (name of its label file, see :func:`case_names`) and
+        `weight`; `mapped_label` where a stage has written the label, so that its ids are not renumbered again.
 
     Raises:
         FileNotFoundError: when a datalist or a listed file is missing.
-        ValueError: when a datalist is malformed, a case lacks a key, or no case is found.
+        ValueError: when a datalist is malformed, a case lacks a key, a file is no NIfTI, or no case is found.
     """
     cases = []
     lists, sections = ([names] if isinstance(names, str) else names for names in (datalists, section))
@@ -95,14 +122,37 @@ def load_cases(
             files = {key: os.path.join(base, _file(item, key, datalist)) for key in own}
             more = {key: item[key] for key in extras if key in item}
             weight = read_number({"weight": 1.0, **item}, "weight", datalist)
-            cases.append({**files, **more, "case": case_name(item["label"]), "weight": weight})
+            cases.append({**files, **more, **mapped_entry(item, files["label"], datalist), "weight": weight})
     if not cases:
-        raise ValueError(f"{datalists}: no case in section {section!r}; check the section names")
+        raise NoCaseError(f"{datalists}: no case in section {section!r}; check the section names")
+    cases = [{**case, "case": name} for case, name in zip(cases, _names(cases), strict=True)]
     if not any(case["weight"] for case in cases):
         raise ValueError(f"{datalists}: weight is 0 for all cases of section {section!r}: none would ever be drawn")
     if check:
         check_files(cases, str(datalists))
     return cases
+
+
+def validation_cases(
+    datalists: Sequence[str] | str, section: Sequence[str] | str, *, interval: int, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Cases that a training validates on, whose files are looked for later; none where it validates never.
+
+    Args:
+        datalists, section, limit: of :func:`load_cases`.
+        interval: epochs from one validation to the next (`val_interval`); 0 for none.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_cases`; a list without such a case is not taken for the wish to
+            train without validation.
+    """
+    if interval == 0:
+        logger.info("val_interval 0: training without validation, the last weights are kept")
+        return []
+    try:
+        return load_cases(datalists, section, limit=limit, check=False)
+    except NoCaseError as error:
+        raise NoCaseError(f"{error}, or set `val_interval` 0 to train without validation") from error
 
 
 def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -113,33 +163,84 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
         templates: `{"image": file, "label": file}` of each template; empty renders every mask once without.
 
     Returns:
-        dictionaries with `label`, `case` and, with a template, `template_image` and `template_label`. The case is
-        `<mask>_from_<template>`, or `<mask>` without template.
+        dictionaries with `label`, `case` and, with a template, `template_image` and `template_label`; `mapped_label`
+        and `mapped_template_label` as in :func:`load_cases`. The case is `<mask>_from_<template>`, or `<mask>` without
+        template.
 
     Raises:
         FileNotFoundError: naming all missing files.
         TypeError: when `masks` is one text instead of a list.
-        ValueError: when there is no mask, or two cases would have one name.
+        ValueError: when there is no mask, a file is no NIfTI, or a mask or template is listed twice.
     """
     if isinstance(masks, str):
         raise TypeError(f"target_masks: must be a list of files, got the text {masks!r}; write ['{masks}']")
     if not masks:
         raise ValueError("masks: no target label map found; set `target_masks` (a list of files) in the config")
     cases: list[dict[str, Any]] = []
-    for mask in masks:
-        for template in templates or [None]:  # type: ignore[list-item]
-            case = {"label": mask, "case": case_name(mask)}
-            if template is not None:
-                case |= {"template_image": template["image"], "template_label": template["label"]}
-                case["case"] += f"_from_{case_name(template['image'])}"
-            cases.append(case)
+    for file in [*masks, *(str(template[key]) for template in templates for key in ("image", "label"))]:
+        check_ending(file)
+    given = with_template_names(templates)
+    for mask, name in zip(masks, case_names(masks), strict=True):
+        case = {"label": mask, "case": name, **mapped_entry({}, mask, "target_masks")}
+        cases += [with_template(case, template) for template in given] or [case]
     check_names(cases, "masks and templates")
     check_files(cases, "target masks and templates")
     return cases
 
 
+def with_template_names(templates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Templates with the names of their images as `name`, see :func:`case_names`."""
+    names = case_names([template["image"] for template in templates])
+    return [{**template, "name": name} for template, name in zip(templates, names, strict=True)]
+
+
+def with_template(case: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    """A case of a mask with a template of :func:`with_template_names`."""
+    files = {"template_image": template["image"], "template_label": template["label"]}
+    mapped = mapped_entry(template, template["label"], "templates", "template_label")
+    return {**case, "case": f"{case['case']}_from_{template['name']}", **files, **mapped}
+
+
+def segmentation_cases(images: Sequence[str], images_root: str | None = None) -> list[dict[str, str]]:
+    """What to segment, and under which names below the output folder the results are written.
+
+    Args:
+        images: files; none gives no case.
+        images_root: folder below which results keep the folders of their images; None takes the deepest of all images.
+
+    Returns:
+        dictionaries with `image`, an absolute path, and `case`, `<folders>/<image>_seg`, which leads out of no folder.
+
+    Raises:
+        FileNotFoundError: naming all missing files.
+        TypeError: when `images` is one text instead of a list.
+        ValueError: when an image is not below `images_root`, or two cases would have one name.
+    """
+    if isinstance(images, str):
+        raise TypeError(f"images: must be a list of files, got the text {images!r}; write ['{images}']")
+    files = [_absolute(image) for image in images]  # as MONAI reads them: `~` is the home folder
+    if not files:
+        return []
+    root = _absolute(images_root) if images_root else Path(os.path.commonpath([file.parent for file in files]))
+    outside = [str(file) for file in files if not file.is_relative_to(root)]
+    if outside:
+        raise ValueError(
+            f"images_root: must be a folder that all images lie below, got {root}, which {outside} do not; "
+            "choose a folder above them, or leave it out"
+        )
+    names = [file.relative_to(root).with_name(f"{case_name(str(file))}_seg") for file in files]
+    cases = [{"image": str(file), "case": str(name)} for file, name in zip(files, names, strict=True)]
+    check_names(cases, "images")
+    check_files(cases, "images")
+    return cases
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def check_names(cases: Sequence[Mapping[str, Any]], what: str) -> None:
-    """Refuse cases of one name: their results would overwrite each other.
+    """Refuse cases of one name, as a file listed twice gives: their results would overwrite each other.
 
     Raises:
         ValueError: naming `what` they come from and the names.
@@ -147,12 +248,33 @@ def check_names(cases: Sequence[Mapping[str, Any]], what: str) -> None:
     names = [case["case"] for case in cases]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{what}: file names must differ, they give {repeated} more than once; rename them")
+        raise ValueError(
+            f"{what}: file names must differ, they give {repeated} more than once; rename them, and list each file once"
+        )
 
 
 def has_volume(case: Mapping[str, Any], output_dir: str) -> bool:
-    """Whether `output_dir/<case>.nii.gz` exists; results appear there only when complete."""
-    return os.path.isfile(os.path.join(output_dir, f"{case['case']}.nii.gz"))
+    """Whether `output_dir/<case>.nii.gz` is there and whole; one that was cut short later is made again."""
+    return is_whole_volume(Path(output_dir, f"{case['case']}.nii.gz"))
+
+
+_SMALLEST_NIFTI = 348  # bytes of its header
+
+
+def is_whole_volume(path: Path) -> bool:
+    """Whether a `.nii.gz` file is there and can be unpacked to its end; a damaged one is said in the log."""
+    if not path.is_file():
+        return False
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while part := file.read(1 << 20):
+                size += len(part)
+    except (OSError, EOFError, zlib.error):
+        size = 0
+    if size < _SMALLEST_NIFTI:
+        logger.warning("%s is damaged and is made again", path)
+    return size >= _SMALLEST_NIFTI
 
 
 def unfinished(

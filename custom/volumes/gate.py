@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any, TypeVar
 
 __all__ = ["Gate"]
@@ -33,12 +34,19 @@ class Gate:
         return cls(**{name: None if value is None else _limit(name, value) for name, value in limits.items()})
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a config is a finite number, and no switch."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 def _limit(name: str, value: Any) -> Any:
     if name.startswith(("min_", "max_")):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise ValueError(f"gate: {name} must be a number or null, got {value}")
         return value
     if name == "plausible_hu":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"gate: {name} must be a range for each label id, or null, got {value}")
         return {int(k): _range(f"{name} of label {k}", v) for k, v in value.items()}
     low, high = _range(name, value)
     if low < 0:
@@ -47,6 +55,6 @@ def _limit(name: str, value: Any) -> Any:
 
 
 def _range(name: str, value: Any) -> tuple[float, float]:
-    if not (isinstance(value, Sequence) and len(value) == 2 and value[0] < value[1]):
+    if not (isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]):
         raise ValueError(f"gate: {name} must be [lowest, highest] or null, got {value}")
     return float(value[0]), float(value[1])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from skimage.restoration import denoise_tv_chambolle
-
 from custom.volumes.haar import haar_pack, space_to_depth
+from skimage.restoration import denoise_tv_chambolle
 
 MIN_VOXELS = 8  # ours: one block of 2 x 2 x 2; fewer voxels of a label have no mean worth a name
 LUNG_BELOW_HU = -400.0  # between aerated lung (-850 HU) and fat (-100 HU)

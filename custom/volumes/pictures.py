@@ -9,11 +9,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from custom.runs.files import replace_file
 from matplotlib.figure import Figure
+from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 from scipy import ndimage
-
-from custom.runs.files import replace_file
 
 WINDOW_HU = (-250.0, 650.0)  # ours: fat (-100 HU) and blood with contrast (500 HU) stand apart from black and white
 _COLOURS = matplotlib.colormaps["tab20"]
@@ -21,8 +21,12 @@ _COLOURS = matplotlib.colormaps["tab20"]
 
 def read_ras(path: str | os.PathLike) -> np.ndarray:
     """Volume of a file, (H, W, D) float32, turned to RAS as pictures need it."""
-    read = Compose([LoadImage(), EnsureChannelFirst(), Orientation(axcodes="RAS", labels=None)])
-    return read(str(path))[0].numpy()
+    return upright(Compose([LoadImage(), EnsureChannelFirst()])(str(path)))
+
+
+def upright(volume: MetaTensor) -> np.ndarray:
+    """A volume (1, H, W, D), (H, W, D) turned to RAS."""
+    return Orientation(axcodes="RAS", labels=None)(volume)[0].numpy()
 
 
 def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
@@ -73,7 +77,7 @@ def save_mask_sheet(
         for axis, panel in zip(row, [*panels, vessel_depth(label, vessel_labels)], strict=True):
             axis.imshow(panel, interpolation="nearest")
             axis.set_axis_off()
-        row[0].set_title(title, fontsize=9, loc="left")
+        row[0].set_title(title, fontsize=9, loc="left", parse_math=False)
     _save(figure, path)
 
 
@@ -163,5 +167,5 @@ def save_sheet(
             axis.set_axis_off()
         for index in np.unique(masks[0])[1:]:
             row[3].contour(masks[0] == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
-        row[0].set_title(title, fontsize=9, loc="left")
+        row[0].set_title(title, fontsize=9, loc="left", parse_math=False)
     _save(figure, path)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from itertools import product
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
+from custom.volumes.headers import TOLERANCE_VOXELS, check_ending, check_header, corners_apart_mm
+from custom.volumes.numbering import MapLabelsd, check_mapping, is_mapped, mapped_key
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import MetaTensor, NibabelReader
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
     LoadImage,
-    MapLabelValued,
     MapTransform,
     Orientationd,
     Spacingd,
     Transform,
 )
 from nibabel.orientations import io_orientation
-
-_GRID_TOLERANCE_VOXELS = 0.1  # ours: headers in single precision are off by less, a shift that matters by more
 
 
 def file_of(volume: Any) -> str:
@@ -39,26 +39,52 @@ def check_grid(first: Any, second: Any) -> None:
     """
     sizes, apart, voxel = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0, 1.0
     if sizes[0] == sizes[1] and isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
-        corners = torch.tensor(list(product(*((0.0, n - 1.0) for n in sizes[0])))).double()
-        difference = (first.affine - second.affine).double()
-        apart = float((corners @ difference[:3, :3].T + difference[:3, 3]).norm(dim=1).max())
+        apart = corners_apart_mm(sizes[0], first.affine, second.affine)
         voxel = float(first.pixdim.min())
-    if sizes[0] != sizes[1] or not apart <= _GRID_TOLERANCE_VOXELS * voxel:
+    if sizes[0] != sizes[1] or not apart <= TOLERANCE_VOXELS * voxel:
         raise ValueError(
             f"{file_of(first)} and {file_of(second)}: they must share one grid, got sizes {sizes[0]} and "
             f"{sizes[1]} and affines that put a corner {apart:.3g} mm apart; resample the second"
         )
 
 
+class _Opened(NibabelReader):
+    """Gives MONAI a file that is open: its own `read` takes another affine where voxel sizes are off by a rounding."""
+
+    def __init__(self, image: Any) -> None:
+        super().__init__()
+        self.image = image
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        """The image."""
+        self.filenames = data
+        return self.image
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors of whatever reads a file, with its name: nibabel, gzip, zlib and numpy give none."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{file}: cannot be read as a volume of numbers ({reason}); "
+            "the file is damaged or holds colours, copy or convert it anew"
+        ) from error
+
+
 class LoadVolumesd(MapTransform):
-    """`LoadImaged` whose error names the file: nibabel does not, for one that is cut short or holds colours.
+    """`LoadImaged` for NIfTI, (H, W, D) of (H, W, D, 1) too, that names the file in errors and checks its header.
 
     Args:
         keys: files to read.
 
     Raises:
         FileNotFoundError: naming the missing file.
-        ValueError: naming the unreadable file and the reason.
+        ValueError: naming the file that is no NIfTI, unreadable, or whose header contradicts itself, and the reason.
     """
 
     def __init__(self, keys: KeysCollection) -> None:
@@ -69,16 +95,13 @@ class LoadVolumesd(MapTransform):
         """Read the volumes of one item."""
         item = dict(data)
         for key in self.key_iterator(item):
-            try:
-                item[key] = self.load(item[key])
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # whatever nibabel, gzip, zlib and numpy raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(
-                    f"{item[key]}: cannot be read as a volume of numbers ({reason}); "
-                    "the file is damaged or holds colours, copy or convert it anew"
-                ) from error
+            file = str(item[key])
+            check_ending(file)
+            with _naming(file):
+                image = nib.load(file)
+            check_header(image, file)
+            with _naming(file):
+                item[key] = self.load(file, reader=_Opened(nib.squeeze_image(image)))
         return item
 
 
@@ -214,10 +237,24 @@ class LoadConfidenced(Transform):
         return item
 
 
-def reading(
+def read_labels(item: Mapping[str, Any], label_mapping: Mapping[str, Sequence[int]]) -> MetaTensor:
+    """The `label` of a case, (1, H, W, D), in the ids of the model; these are not checked.
+
+    Args:
+        item: with `label`, and `mapped_label` where its list says whether the ids are those of the model.
+        label_mapping: "from" and "to" ids; others stay.
+    """
+    key, read = "label", Compose([LoadVolumesd("label"), EnsureChannelFirstd("label")])
+    mapped = {mapped_key(key): is_mapped(item[key], item.get(mapped_key(key)))}
+    volume: MetaTensor = MapLabelsd(key, label_mapping)(read({key: item[key]}) | mapped)[key]
+    return volume
+
+
+def reading_chain(
     *,
     pairs: Sequence[Sequence[str]] = (),
     labels: Sequence[str] = (),
+    images: Sequence[str] = (),
     num_labels: int,
     label_mapping: Mapping[str, Sequence[int]],
     spacing_mm: Sequence[float] | None,
@@ -229,20 +266,25 @@ def reading(
     Args:
         pairs: (image, label) keys that share one grid.
         labels: further label maps.
+        images: images without a label map.
         num_labels: label ids 0 to num_labels - 1.
-        label_mapping: "from" and "to" ids; others stay.
+        label_mapping: "from" and "to" ids; others stay. Label maps whose item says that they are mapped are left.
         spacing_mm: of the model, along the axes of RAS; None keeps each volume's own.
         confidence: also read `confidence`, which lies on the grid of `label`.
         resampled: keys that are brought to RAS and spacing; None takes all. Others stay as they were read.
 
     Returns:
         transforms in their order, for a `Compose`; a list, so that a `CacheDataset` sees which are random.
+
+    Raises:
+        ValueError: on a mapping that cannot be meant, see :func:`custom.volumes.numbering.check_mapping`.
     """
     masks = [*labels, *(label for _, label in pairs)]
-    keys = [*labels, *(key for pair in pairs for key in pair)]
+    keys = [*images, *labels, *(key for pair in pairs for key in pair)]
+    check_mapping(label_mapping, num_labels)
     chain: list[Transform] = [LoadVolumesd(keys), EnsureChannelFirstd(keys), EnsureTyped(keys, dtype=torch.float32)]
-    if label_mapping["from"]:
-        chain.append(MapLabelValued(masks, label_mapping["from"], label_mapping["to"], dtype=np.float32))
+    if masks:
+        chain.append(MapLabelsd(masks, label_mapping))
     chain.append(CheckVolumesd(keys, label_keys=masks, num_labels=num_labels, spacing_mm=spacing_mm, grids=pairs))
     if confidence:
         chain.append(LoadConfidenced())

@@ -6,17 +6,60 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor, NibabelWriter
-from monai.transforms import Orientation, Transform
+from custom.runs.files import replace_file
+from custom.volumes.headers import TOLERANCE_VOXELS, corners_apart_mm
+from custom.volumes.reading import file_of
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation, Transform
 from nibabel.orientations import aff2axcodes
 
-from custom.runs.files import replace_file
+
+def check_finite(volume: torch.Tensor, name: str) -> None:
+    """Refuse a result that is not finite: a file of whole numbers would show its NaN as 0, a label map as background.
+
+    Args:
+        volume: of any shape.
+        name: file that it was to become, or was made from.
+
+    Raises:
+        ValueError: naming the file and how many voxels are concerned.
+    """
+    finite = torch.isfinite(torch.as_tensor(volume))
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{name}: the result is NaN or infinite in {int((~finite).sum())} of {finite.numel()} values, nothing was "
+            "written; use the weights (`ckpt_dir`) of a training that did not diverge, and options that are numbers"
+        )
+
+
+class CheckFinited(MapTransform):
+    """Refuse predictions that are not finite, naming the image they were made from. Changes nothing.
+
+    Args:
+        keys: the predictions.
+        image_key: the image.
+
+    Raises:
+        ValueError: see :func:`check_finite`.
+    """
+
+    def __init__(self, keys: KeysCollection, *, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check one item."""
+        for key in self.key_iterator(data):
+            check_finite(data[key], file_of(data[self.image_key]))
+        return dict(data)
 
 
 def write_volume(path: Path, volume: MetaTensor, *, dtype: str, digits: int = 0) -> None:
-    """Write a volume with its own affine. Not by `SaveImage`: it turns a full disk into advice to install writers.
+    """Write a volume with its own affine, as qform and as sform. Not by `SaveImage`: it turns a full disk into advice.
 
     Args:
         path: NIfTI file, replaced atomically; its folder is made.
@@ -26,16 +69,21 @@ def write_volume(path: Path, volume: MetaTensor, *, dtype: str, digits: int = 0)
 
     Raises:
         OSError: naming the file, when the disk is full or the folder cannot be written; no partial file stays.
+        ValueError: naming the file, when the volume is not finite.
     """
-    writer = NibabelWriter(output_dtype=dtype)
-    # Not `set_data_array`, which would drop a last axis of one voxel; bytes cannot be rounded.
-    writer.data_obj = torch.round(volume[0].float(), decimals=digits)
-    writer.set_metadata(volume.meta, resample=False)
-    replace_file(path, writer.write)
+    check_finite(volume, str(path))
+    values = torch.round(volume[0].float(), decimals=digits).cpu().numpy()  # as floats: bytes cannot be rounded
+    affine = np.asarray(volume.affine.cpu(), dtype=float)
+    image = nib.Nifti1Image(values.astype(dtype), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    if corners_apart_mm(values.shape, affine, image.get_qform()) > TOLERANCE_VOXELS * min(image.header.get_zooms()):
+        image.set_qform(None, code=0)  # a sheared grid has none
+    replace_file(path, lambda part: nib.save(image, part))
 
 
 class SaveVolumed(Transform):
-    """Write a volume as `<output_dir>/<case>.nii.gz` with its own affine.
+    """Write a volume as `<output_dir>/<case>.nii.gz` with its own affine; a case may have folders in its name.
 
     Args:
         key: the volume, (1, H, W, D); it is rounded to `digits` after the point.
@@ -55,7 +103,7 @@ class SaveVolumed(Transform):
         """Write one case.
 
         Raises:
-            OSError: see :func:`write_volume`.
+            OSError, ValueError: see :func:`write_volume`.
         """
         volume = data[self.key]
         if self.original_axes:

@@ -9,12 +9,11 @@ import math
 
 import pytest
 import torch
+from custom.diffusion.context import Context
+from custom.diffusion.network import StructDiffUNet
 from ddim import ListedDDIMScheduler, ddim_step
 from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDIMScheduler
-
-from custom.diffusion.context import Context
-from custom.diffusion.network import StructDiffUNet
 
 MU, SIGMA = 0.7, 0.3
 LISTS = [1, 2, 5, 10, 50, [999], [999, 1, 0], [950, 600, 599, 40, 3], [999, 998, 500, 120, 60, 20, 5]]

@@ -12,12 +12,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, TINY
-from monai.bundle import ConfigParser
-
 from custom.diffusion.sampler import windows_of
 from custom.runs.files import part_of
 from custom.volumes.anatomy import Anatomy
+from helpers import CONFIGS, TINY
+from monai.bundle import ConfigParser
 
 SPACING_MM = 1.5
 NOMINAL_HU = Anatomy(json.loads((CONFIGS / "inference.json").read_text())["anatomy"]).nominal_hu

@@ -7,11 +7,10 @@ import os
 import subprocess
 import sys
 
+import custom
 import package
 import pytest
 from helpers import TINY, TINY_TRAINING, fails_with
-
-import custom
 
 
 @pytest.mark.parametrize("bundle", package.bundles(), ids=lambda path: path.name)

@@ -12,11 +12,10 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import BUNDLE, CONFIGS, assert_kept, fails_with, other_process_at_work
-from monai.bundle import ConfigWorkflow
-
 from custom.masks.cases import generation_cases
 from custom.volumes.anatomy import Anatomy
+from helpers import BUNDLE, CONFIGS, assert_kept, fails_with, other_process_at_work
+from monai.bundle import ConfigWorkflow
 
 LPS = np.diag([-2.5, -2.5, 2.5, 1.0])
 OBLIQUE = np.array([[2.4, -0.3, 0.0, 7.0], [0.3, 2.4, 0.2, -80.0], [0.0, -0.2, 2.5, 33.0], [0, 0, 0, 1]])
@@ -155,15 +154,18 @@ def test_what_is_rejected_is_told_at_the_end_and_the_rest_is_kept(cohort, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"count": 0}, "count: must be a whole number of at least 1, got 0; for example --count 2"),
+        ({"seed": -1}, "seed: must be a whole number from 0 to 4294967295, got -1; for example --seed 0"),
         ({"motion#fine_mm": -2}, "motion: fine_mm must not be negative, got -2"),
         ({"edits#prune_probability": 2}, "edits: prune_probability must be 0 to 1"),
-        ({"spacing_mm": 2.5}, "spacing_mm must be three lengths in mm, one per axis, got 2.5"),
+        (
+            {"spacing_mm": 2.5},
+            "spacing_mm: must be three lengths in mm above 0, one for each axis, got 2.5; for example --spacing_mm",
+        ),
         ({"gate#max_dise": 0.5}, "gate: ['max_dise'] do not exist"),
         ({"motion#coarse": 4}, "motion: ['coarse'] do not exist; the options are ['coarse_mm'"),
         ({"anatomy#9#toches": [6]}, "anatomy: row 9 has unknown columns ['toches']"),
-        ({"neighbours": -1}, "neighbours must not be negative, got -1"),
+        ({"neighbours": -1}, "neighbours: must be a whole number of at least 0, got -1; for example --neighbours 0"),
         ({"reference_section": "trainig"}, "no case in section 'trainig'"),
     ],
 )
@@ -186,6 +188,28 @@ def test_an_image_that_does_not_fit_its_mask_is_refused(cohort, tmp_path):
         with fails_with(message):
             generate(tmp_path / "list.json", tmp_path / name, with_image=True)
         assert not (tmp_path / name / "masks").exists()
+
+
+def test_damaged_masks_records_and_registrations_are_made_again_alike(made, cohort, tmp_path):
+    shutil.copytree(made, tmp_path / "out")
+    spoilt = [*(tmp_path / "out/cache").glob("*.pt"), tmp_path / "out/masks/mask_0000.nii.gz"]
+    assert len(spoilt) > 1
+    for path in [*spoilt, tmp_path / "out/records/mask_0001.json"]:
+        path.write_bytes(path.read_bytes()[:40])
+    (tmp_path / "out/masks/mask_0001.nii.gz").unlink()
+    generate(cohort / "datalist.json", tmp_path / "out", count=3, with_image=True)
+    assert list(masks(tmp_path / "out")) == list(masks(made))
+    for name, mask in masks(made).items():
+        np.testing.assert_array_equal(values(masks(tmp_path / "out")[name]), values(mask))
+
+
+def test_a_damaged_account_of_the_run_is_named_and_nothing_is_made(made, cohort, tmp_path):
+    shutil.copytree(made, tmp_path / "out")
+    (tmp_path / "out/generation.json").write_text("{")
+    (tmp_path / "out/masks/mask_0000.nii.gz").unlink()
+    with fails_with(f"{tmp_path}/out/generation.json: is damaged"):
+        generate(cohort / "datalist.json", tmp_path / "out", count=3, with_image=True)
+    assert len(masks(tmp_path / "out")) == 2
 
 
 def test_a_deleted_mask_is_made_again_and_a_smaller_count_forgets_none(made, cohort, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.volumes.anatomy import Anatomy
 from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_target
 from ignite.engine import Events
 from scipy import ndimage
-
-from custom.volumes.anatomy import Anatomy
 
 SHARED_BLOCKS = ("anatomy", "label_mapping", "labels", "spacing_mm", "amp", "network_def")
 
@@ -155,6 +155,20 @@ def test_second_run_keeps_complete_results_and_makes_missing_ones_alike(workflow
     assert first.stat().st_mtime_ns == kept
     np.testing.assert_array_equal(np.asarray(nib.load(second).dataobj), made)
     render(workflow, masks, template_of(cohort), tmp_path, weights)  # nothing left to do is no error
+
+
+def test_a_rendering_cut_short_is_made_again_and_what_a_kill_left_is_removed(workflow, cohort, tmp_path, weights):
+    mask = cohort / "labels/subject_002.nii.gz"
+    render(workflow, [mask], template_of(cohort), tmp_path, weights)
+    path = tmp_path / "subject_002_from_subject_000.nii.gz"
+    made = np.asarray(nib.load(path).dataobj)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    left = tmp_path / ".part_elsewhere_7_subject_002_from_subject_000.nii.gz"
+    left.write_bytes(b"half")
+    os.utime(left, (1e9, 1e9))
+    render(workflow, [mask], template_of(cohort), tmp_path, weights)
+    np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), made)
+    assert not left.exists()
 
 
 def test_full_disk_leaves_no_partial_file(workflow, cohort, tmp_path, weights, monkeypatch):

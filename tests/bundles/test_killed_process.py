@@ -13,9 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING
-
 from custom.diffusion.network import StructDiffUNet
+from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING
 
 KILLS = 5
 START_SECONDS = 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from custom.volumes.anatomy import Anatomy
+from helpers import BAD_IMAGES, ROOT, write_bad_image
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, partition_dataset
-from monai.transforms import Invertd, LoadImaged, SaveImaged
-
-from custom.volumes.anatomy import Anatomy
+from monai.transforms import Invertd, LoadImaged
 
 SOURCE = ROOT / "bundles/structdiff_seg_cal/configs"
 TINY = {
@@ -85,11 +85,11 @@ def overrides_of_request(bundle: Path, cases: list[dict[str, str]], max_epochs: 
 
 
 def request_training(
-    bundle: Path, cases: list[dict[str, str]], max_epochs: int, **options: str
+    bundle: Path, cases: list[dict[str, str]], max_epochs: int, run_id: str = "run", **options: str
 ) -> dict[str, torch.Tensor]:
     """Run the bundle as a training request does and return the weights it leaves; options are those of tracking."""
     monai.bundle.run(
-        run_id="run",
+        run_id=run_id,
         init_id=None,
         final_id=None,
         meta_file=str(bundle / "configs/metadata.json"),
@@ -119,10 +119,21 @@ def test_metadata_names_the_labels_in_the_order_of_their_ids():
     assert list(names.values()) == Anatomy(json.loads((SOURCE / "train.json").read_text())["anatomy"]).names
 
 
-def test_inference_has_the_blocks_that_are_read_and_needs_nothing_of_ours():
+def test_inference_has_the_blocks_that_are_read_and_names_of_ours_only_volumes_in_them():
+    """The server puts the bundle's folder on the path while it builds these blocks; of `custom` they need one room."""
     config = json.loads((SOURCE / "inference.json").read_text())
     assert {"bundle_root", "device", "network_def", "preprocessing", "inferer", "postprocessing"} <= config.keys()
-    assert "custom." not in json.dumps(config)
+    parts = ("network_def", "hide_path", "read", "show_path", "scale", "preprocessing", "inferer", "postprocessing")
+    ours = re.findall(r"custom\.(\w+)", json.dumps([config[part] for part in parts]))
+    assert set(ours) == {"volumes"}
+    assert config["run"][0] == "@versions"
+
+
+def test_what_the_server_does_not_drop_writes_no_file():
+    """It leaves out `SaveImaged` and writes the result itself; our own writing is not among the blocks it takes."""
+    config = json.loads((SOURCE / "inference.json").read_text())
+    assert "Save" not in json.dumps(config["postprocessing"])
+    assert config["evaluator"]["postprocessing"] == "$monai.transforms.Compose([@postprocessing, @save])"
 
 
 def test_handlers_are_dictionaries_and_leave_the_loading_of_weights_to_the_server():
@@ -135,6 +146,30 @@ def test_one_corrected_label_trains(bundle, cohort):
     weights = request_training(bundle, labelled(cohort, 1), max_epochs=2)
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert not (bundle / "eval/metrics.csv").exists(), "there is no case to validate with"
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["last", "best"])
+def test_request_of_3d_slicer_trains_once(bundle, cohort, count):
+    """The plugin sends back the empty run id that the server advertises; MONAI then evaluates the whole config."""
+    weights = request_training(bundle, labelled(cohort, count), max_epochs=2, run_id="")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    table = bundle / "eval/metrics.csv"
+    assert len(table.read_text().splitlines()) == 2 if count > 1 else not table.exists()
+    write_config(bundle, "train.json", {"learning_rate": 0.0})
+    assert equal(weights, request_training(bundle, labelled(cohort, count), max_epochs=1, run_id=""))
+
+
+def test_config_is_evaluated_without_a_list_of_cases_and_does_nothing_until_it_is_run(bundle, cohort):
+    """All but what is run; MONAI Label itself evaluates no more than it needs when the run id is not empty."""
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs/train.json")
+    parser.read_meta(bundle / "configs/metadata.json")
+    parser.update(overrides_of_request(bundle, labelled(cohort, 2), max_epochs=1))
+    before = sorted(bundle.rglob("*"))
+    for name in parser.config.keys() - {"_meta_", "initialize", "training", "run"}:
+        parser.get_parsed_content(name)
+    assert parser.get_parsed_content("train#trainer").state.iteration == 0
+    assert sorted(bundle.rglob("*")) == before
 
 
 def test_second_request_goes_on_from_the_weights_of_the_first(bundle, cohort):
@@ -205,8 +240,7 @@ def infer_as_monai_label(bundle: Path, image: Path, network: torch.nn.Module) ->
         item["pred"] = parser.get_parsed_content("inferer")(item["image"][None], network)[0]
     assert sum(isinstance(step, Invertd) for step in steps["postprocessing"]) == 1
     for step in steps["postprocessing"]:
-        if not isinstance(step, SaveImaged):  # the server leaves it out and writes the file itself
-            item = step(item)
+        item = step(item)
     return item
 
 
@@ -228,6 +262,28 @@ def test_label_lies_on_the_grid_of_the_image(bundle, cohort, tmp_path, orientati
     flipped = np.sum(truth & (label[::-1, ::-1] == 10)) / truth.sum()
     assert dice > 0.75, dice
     assert flipped < 0.6, f"a flipped label must be told apart, {flipped}"
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_image_that_training_refuses_is_refused_in_the_server_too(bundle, cohort, tmp_path, name):
+    bad = write_bad_image(name, cohort, tmp_path / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match=re.escape(f"{bad}: ")) as caught:
+        infer_as_monai_label(bundle, Path(bad), Threshold())
+    assert all(text in str(caught.value) for text in BAD_IMAGES[name])
+
+
+class Diverged(torch.nn.Module):
+    """What weights of NaN predict."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(image), 11, *image.shape[2:]), torch.nan)
+
+
+def test_prediction_that_is_not_finite_is_refused_in_the_server_too(bundle, cohort, tmp_path):
+    path = tmp_path / "image.nii.gz"
+    write_image(cohort, path, "RAS")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: the result is NaN or infinite in ")):
+        infer_as_monai_label(bundle, path, Diverged())
 
 
 def test_weights_of_a_request_fit_the_network_of_inference(bundle, cohort):

@@ -18,9 +18,9 @@ from pathlib import Path
 import package
 import pytest
 import torch
-from bundle_cases import entries
 from helpers import ROOT
 from monai.bundle import ConfigParser
+from unit_tests.bundle_cases import entries
 
 pytestmark = pytest.mark.slow
 
@@ -128,8 +128,8 @@ def run_everything(name: str, place: str, bundle_dir: Path, results: Path, pytho
 def test_every_entry_point_runs_from_inside_beside_and_elsewhere(bundle_dir, python, tmp_path):
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     (bundle_dir / "elsewhere").mkdir()
-    make = f"from bundle_cases import make_data; from pathlib import Path; make_data(Path(r'{tmp_path}'))"
-    shutil.copy(ROOT / "ci/bundle_cases.py", tmp_path)
+    make = f"from unit_tests.bundle_cases import make_data; from pathlib import Path; make_data(Path(r'{tmp_path}'))"
+    shutil.copy(ROOT / "ci/unit_tests/bundle_cases.py", tmp_path)
     python("-c", make, cwd=tmp_path, path=bundle_dir / NAMES[0])
     with ThreadPoolExecutor(2) as pool:
         jobs = [

@@ -11,12 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.volumes.anatomy import Anatomy
 from helpers import SEG_BUNDLE, fails_with, write_target
 from ignite.engine import Events
 from monai.utils import set_determinism
 from scipy import ndimage
-
-from custom.volumes.anatomy import Anatomy
 
 CONFIGS = SEG_BUNDLE / "configs"
 SHARED_BLOCKS = ("anatomy", "label_mapping", "spacing_mm", "intensity_hu", "roi_size", "amp")
@@ -65,7 +64,7 @@ def test_blocks_that_stand_in_two_configs_agree():
     theirs = dict(train["network_def"], out_channels="@num_labels")
     assert theirs == inference["network_def"], "but for where the number of labels comes from"
     evaluation = json.loads((CONFIGS / "evaluate.json").read_text())
-    written = [step for step in inference["postprocessing"]["transforms"] if step["_target_"] != "SaveImaged"]
+    written = inference["postprocessing"]["transforms"]
     judged = json.loads(json.dumps(evaluation["validate#postprocessing"]["transforms"]).replace("@validate#", "@"))
     assert judged == written, "what is judged must be what is written"
     for block in ("one_piece_labels", "two_piece_labels"):
@@ -195,7 +194,7 @@ def test_image_label_and_confidence_stay_aligned_in_crops_and_augmentation(seg_w
         **places(tmp_path),
     )
     transform = run.parser.get_parsed_content("train#preprocessing")
-    case = run.parser.get_parsed_content("train#data")[0]
+    case = run.parser.get_parsed_content("train#dataset#data")[0]
     transform.set_random_state(seed=0)
     for t in transform.transforms:  # intensities are to tell the label
         if type(t).__name__.startswith(("RandAdjust", "RandGaussian", "RandScale", "RandShift")):
@@ -261,7 +260,9 @@ def test_images_of_one_name_in_different_folders_keep_their_own_segmentation(seg
     for name, value in (("a", -500.0), ("b", 1000.0)):
         (tmp_path / name).mkdir()
         images.append(str(tmp_path / name / "ct.nii.gz"))
-        nib.save(nib.Nifti1Image(np.full((9, 9, 9), value, np.float32), np.diag([2.0, 2, 2, 1])), images[-1])
+        values = np.full((9, 9, 9), value, np.float32)
+        values[1, 1, 1] = -200  # else it would be refused; too little to change a label
+        nib.save(nib.Nifti1Image(values, np.diag([2.0, 2, 2, 1])), images[-1])
     seg_workflow(
         "inference.json",
         workflow_type="infer",
@@ -313,8 +314,14 @@ def test_evaluation_measures_every_label_on_the_grid_of_the_file(seg_workflow, c
     predicted, truth = parts == np.bincount(parts.flat)[1:].argmax() + 1, label == 1  # of label 1, one piece is kept
     dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert float(rows[0]["dice"]) == pytest.approx(dice, abs=0.02)
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    text = (tmp_path / "out/metrics.json").read_text()
+    assert "NaN" not in text
+    metrics = json.loads(text)
     assert {"dice", "hd95_mm", "nsd", "cl_dice", "betti_error_0", "dice LV myocardium"} <= set(metrics)
+    missed = [row["label"] for row in rows if row["missed"] == "1"]  # the threshold finds one label only
+    assert metrics["missed"] == len(missed) == 9
+    assert metrics["missed coronary arteries"] == 1
+    assert metrics["hd95_mm coronary arteries"] == pytest.approx(2.5 * 58 * 3**0.5)
     assert (tmp_path / "out/pictures/subject_003.png").stat().st_size > 5_000
 
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import package
 import pytest
 import torch
-from bundle_cases import make_data
+from custom.phantom.cohort import make
+from custom.volumes.anatomy import Anatomy, Label
 from helpers import ROOT
 from monai.bundle import ConfigParser
 from shell_shims import SMALL, config_files, merged, option, recorders, small_python
 from test_rooms import MAY_IMPORT
-
-from custom.phantom.cohort import make
-from custom.volumes.anatomy import Anatomy, Label
+from unit_tests.bundle_cases import make_data
 
 BUNDLES = package.bundles()
 CARDS = [bundle / "docs/README.md" for bundle in BUNDLES]
@@ -87,8 +86,8 @@ OTHER_OPTIONS = {"name", "url", "bundle_dir", "nnodes", "slow", "without_weights
 NO_OPTIONS = {
     *("calibrating", "evaluating", "finalize", "generating", "imports", "initialize", "measuring", "pretraining"),
     *("reporting", "run", "synthesizing", "training"),
-    *("data", "deform_images", "guided", "images_root", "inferer", "metrics", "network", "nothing", "num_labels"),
-    *("one_piece_labels", "pair", "resampled", "resume_options", "run_state", "topology_measures"),
+    *("data", "deform_images", "guided", "inferer", "network", "nothing", "num_labels"),
+    *("one_piece_labels", "pair", "resampled", "run_state", "topology_measures"),
     *("two_piece_labels", "use_cuda", "volumes"),
 }
 """Ids at the top of configs that are no options: what is run, and what follows from options."""

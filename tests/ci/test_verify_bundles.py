@@ -13,8 +13,8 @@ import package
 import pytest
 import torch
 import verify_bundles
-from bundle_cases import make_data
 from helpers import ROOT
+from unit_tests.bundle_cases import make_data
 from unpacked import SCHEMA, Bundle, unpack
 
 NAMES = [path.name for path in package.bundles()]

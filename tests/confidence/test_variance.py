@@ -4,12 +4,11 @@ from math import log
 
 import pytest
 import torch
-from scipy import ndimage
-
 from custom.confidence.table import tau_table
 from custom.confidence.variance import RunningVariance, confidence, local_mean, local_mean_variance, sample_score
 from custom.diffusion.moments import from_local
 from custom.volumes.haar import haar_unpack
+from scipy import ndimage
 
 
 def variance_of(samples):

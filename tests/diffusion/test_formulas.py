@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from custom.diffusion.formulas import amplitudes, angle, angle_step, precondition
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack, space_to_depth

@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from ignite.engine import Engine
-from monai.utils import CommonKeys as Keys
-from torch.nn import functional as F
-
 from custom.diffusion.context import Context
 from custom.diffusion.correspondence import two_way_consistency
 from custom.diffusion.formulas import amplitudes, precondition
@@ -17,6 +13,9 @@ from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.training import TrackResidual
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
+from ignite.engine import Engine
+from monai.utils import CommonKeys as Keys
+from torch.nn import functional as F
 
 G = math.sqrt(math.pi / 2)  # deviation of a Gaussian over its mean absolute value
 

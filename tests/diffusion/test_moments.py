@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.moments import (
     REGIONS,

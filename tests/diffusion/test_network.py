@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.correspondence import CorrespondenceAttention, two_way_consistency
 from custom.diffusion.formulas import amplitudes, precondition
@@ -11,6 +9,7 @@ from custom.diffusion.moments import REGIONS
 from custom.diffusion.network import StructDiffUNet, one_hot_blocks
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import depth_to_space, haar_pack, space_to_depth
+from torch.nn import functional as F
 
 NUM_LABELS = 4
 SIZES = [(16, 16, 16), (15, 9, 18), (7, 24, 11)]
@@ -222,6 +221,15 @@ def test_malformed_context_is_refused(network, shape):
 def test_x_must_fit_the_context(network, shape):
     with pytest.raises(ValueError, match="x .* and context .*: batch and spatial sizes must agree"):
         network(torch.zeros(shape), torch.tensor([3]), blank_context((8, 8, 8)))
+
+
+def test_what_is_absent_is_unconditional_at_the_last_time(network):
+    """The model zoo asks a network for its shape with the image alone."""
+    x, channels = noise(2, 1, 9, 8, 7), torch.zeros(2, len(Context._fields), 9, 8, 7)
+    channels[:, [0, 2]] = -1
+    assert Context.of(channels).modes().tolist() == [MODES.index("unconditional")] * 2
+    with torch.no_grad():
+        assert torch.equal(network(x), network(x, torch.tensor([999, 999]), channels))
 
 
 def test_one_label_is_refused():

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from custom.diffusion.pairs import RandTemplatePaird, near_labels
 from custom.geometry.deformation import sample
 from custom.volumes.intensity import label_statistics

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
-
 from custom.diffusion.prior import complete_statistics, fill_holes, paint_prior, template_background
 from custom.volumes.intensity import label_statistics, noise_sd, split_noise, surrogate_grain
+from scipy import ndimage
 
 SHAPE = (40, 36, 33)
 

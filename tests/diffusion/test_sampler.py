@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.moments import label_edges
 from custom.diffusion.network import Condition, StructDiffUNet
@@ -278,3 +277,15 @@ def test_overlap_out_of_range_is_refused(overlap):
 def test_every_sample_needs_a_name():
     with pytest.raises(ValueError, match="cases: one name for each of the 2 samples is needed, got 1"):
         make_inferer()(make_context((8, 8, 8), 2), LocalNetwork(), ["a"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_rendering_that_is_not_finite_is_refused_with_its_case_before_limits_hide_it(bad):
+    class Spoilt(LocalNetwork):
+        def flow(self, y, timesteps, features):
+            return torch.full_like(y, bad)
+
+    with pytest.raises(
+        ValueError, match="second: the rendering is NaN or infinite, .* another `ckpt_dir`, or train anew"
+    ):
+        make_inferer()(make_context((8, 8, 8)), Spoilt(), ["second"])

@@ -1,7 +1,6 @@
 """Times of the network calls, evenly spaced or listed."""
 
 import pytest
-
 from custom.diffusion.schedule import listed_timesteps, spaced_timesteps
 
 

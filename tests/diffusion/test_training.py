@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from ignite.engine import Engine
-
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.moments import MIN_SIGMA, REGIONS, ResidualMoments
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.training import MeasureResidual, PrepareRendering, PrepareResidualDiffusion, residual_sigma
 from custom.volumes.haar import haar_unpack
+from ignite.engine import Engine
 
 CPU = torch.device("cpu")
 BACKGROUND = REGIONS.index("soft_background")

@@ -3,10 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, Spacingd
-from scipy import ndimage
-
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.transforms import (
     AlignTemplated,
@@ -18,6 +14,9 @@ from custom.diffusion.transforms import (
 )
 from custom.volumes.grids import InvertImaged, as_batch, sample_cubic
 from custom.volumes.intensity import label_statistics, noise_sd
+from monai.data import MetaTensor
+from monai.transforms import Compose, Spacingd
+from scipy import ndimage
 
 SIZE = (14, 12, 13)
 NOMINAL_HU = [-60.0, 100.0, 400.0, 330.0]

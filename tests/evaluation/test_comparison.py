@@ -4,7 +4,6 @@ import csv
 
 import numpy as np
 import pytest
-
 from custom.evaluation.comparison import label_table, paired_table, read_evaluations
 
 NAN = float("nan")
@@ -61,3 +60,37 @@ def test_an_evaluation_that_is_missing_or_of_other_cases_is_named(evaluations, t
     odd = write(tmp_path / "odd", [("a", "heart", 0.5, 4.0)])
     with pytest.raises(ValueError, match=r"labels.csv: its cases or labels are not those of 'first'"):
         read_evaluations({**evaluations, "odd": odd})
+
+
+def test_differences_are_taken_where_both_are_defined_and_the_rest_is_counted(tmp_path):
+    """The first has no distance for the hard case, so its own mean is better; compared it is not."""
+    rows = {
+        "first": [("easy", "vessel", 0.5, 4.0), ("hard", "vessel", 0.0, "")],
+        "other": [("easy", "vessel", 0.5, 3.0), ("hard", "vessel", 0.25, 20.0)],
+    }
+    read = read_evaluations({name: write(tmp_path / name, own) for name, own in rows.items()})
+    _, table = paired_table(read, [("hd95_mm", "vessel"), ("hd95_mm", None)])
+    assert [table[k][2:] for k in (0, 1)] == [[4.0, 0.0, ""], [11.5, -1.0, "1 of 1, 1 not comparable"]]
+    assert table[3][2:] == table[1][2:]
+
+
+def test_labels_are_compared_one_by_one_before_their_mean(tmp_path):
+    """The first lacks the distance of the vessel; the other's worse mean comes from that alone."""
+    rows = {
+        "first": [("a", "heart", 1, 2.0), ("a", "vessel", 1, "")],
+        "other": [("a", "heart", 1, 1.0), ("a", "vessel", 1, 9.0)],
+    }
+    read = read_evaluations({name: write(tmp_path / name, own) for name, own in rows.items()})
+    _, table = paired_table(read, [("hd95_mm", None)])
+    assert table[1][2:] == [5.0, -1.0, "1 of 1"]
+
+
+def test_misses_add_up_by_label_and_fewer_are_better(tmp_path):
+    columns = ("case", "label", "missed")
+    rows = {
+        "first": [("a", "heart", 0), ("a", "vessel", 1), ("b", "heart", 1), ("b", "vessel", 1)],
+        "other": [("a", "heart", 0), ("a", "vessel", 0), ("b", "heart", 0), ("b", "vessel", 1)],
+    }
+    read = read_evaluations({name: write(tmp_path / name, own, columns) for name, own in rows.items()})
+    assert label_table(read, "missed")[1] == [["heart", 1.0, 0.0], ["vessel", 2.0, 1.0]]
+    assert paired_table(read, [("missed", None)])[1][1][2:] == [0.5, -1.0, "2 of 2"]

@@ -2,9 +2,6 @@
 
 import numpy as np
 import pytest
-from helpers import smooth_volume
-from scipy import ndimage
-
 from custom.evaluation.distances import (
     copying_p_value,
     distance_ratios,
@@ -17,6 +14,8 @@ from custom.evaluation.distances import (
     radiomic_names,
     standardised,
 )
+from helpers import smooth_volume
+from scipy import ndimage
 
 NAMES = ["background", "chamber", "vessel", "absent"]
 

@@ -1,14 +1,14 @@
 """Handlers of an evaluation: what joins the engine's metrics, and the tables that are left."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine
-
-from custom.evaluation.handlers import LabelTable, MetricColumns, MetricsTable
+from custom.evaluation.handlers import LabelTable, MetricColumns, MetricsFile, MetricsTable
 from custom.evaluation.labels import TopologyMetric
+from ignite.engine import Engine
 
 NAN = float("nan")
 
@@ -78,3 +78,19 @@ def test_the_table_has_a_row_for_every_case_and_label_and_means_join_the_metrics
 def test_details_of_other_cases_or_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'dice' has details of shape \(1, 2\), needed are 2 cases and 2 labels"):
         table_of(tmp_path, {"dice": torch.zeros(1, 2)}, labels=[1, 2], columns=["dice"])
+
+
+def test_counts_of_a_label_add_up_and_are_whole_numbers(tmp_path):
+    details = {"dice": torch.tensor([[0.5, 0.0], [1.0, 0.0]]), "missed": torch.tensor([[0.0, 1.0], [0.0, 1.0]])}
+    state = table_of(tmp_path, details, labels=[1, 2], columns=["dice"], counted=["missed"])
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        assert [row["missed"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
+    assert state.metrics["missed ventricle"] == 0
+    assert state.metrics["missed vessel"] == 2
+
+
+def test_metrics_are_written_as_json_in_which_nothing_is_nan(tmp_path):
+    MetricsFile(str(tmp_path / "new/metrics.json"))(state_of({"dice": 0.5, "hd95_mm": NAN}, 1))
+    text = (tmp_path / "new/metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"dice": 0.5, "hd95_mm": None}

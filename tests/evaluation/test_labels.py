@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from custom.evaluation.labels import MASK_MEASURES, PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.geometry import centrelines, topology
 from monai.data import MetaTensor
 from shapes import KNOWN
-
-from custom.evaluation.labels import MASK_MEASURES, SurfaceMetric, TopologyMetric
-from custom.geometry import centrelines, topology
 
 
 def value(metric, predicted, truth):
@@ -196,3 +195,36 @@ def test_a_label_that_both_maps_lack_is_left_out():
     metric(prediction, MetaTensor(truth, affine=torch.eye(4)))
     assert all(bool(values[0, 1].isnan()) for values in metric.details().values())
     assert metric.aggregate() == {"hd95_mm": 0.0, "nsd": 1.0}
+
+
+def test_a_missed_label_is_as_far_off_as_the_volume_allows_and_never_betters_the_mean():
+    """Volumes of 24 x 12 x 12 voxels of 2, 1 and 1 mm."""
+    inside = slice(3, 9)
+    prediction, truth = boxes((inside, inside, inside), (inside, inside, inside))
+    truth[0, 0, 14:20, 3:9, 3:9] = 2
+    truth = MetaTensor(truth, affine=torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0])))
+    found = prediction.clone()
+    found[0, 0, 15:20, 3:9, 3:9] = 2
+    means = []
+    for predicted in (found, prediction):
+        metric = SurfaceMetric(3, tolerance_mm=1.0)
+        metric(predicted, truth)
+        means.append(metric.aggregate())
+    assert metric.details()["hd95_mm"].tolist() == [[0.0, pytest.approx(math.hypot(48, 12, 12))]]
+    assert metric.details()["nsd"].tolist() == [[1.0, 0.0]]
+    assert means[0]["hd95_mm"] < means[1]["hd95_mm"]
+    assert means[0]["nsd"] > means[1]["nsd"]
+
+
+def test_labels_that_one_map_lacks_are_counted_over_cases_and_labels():
+    truth = torch.zeros(2, 1, 4, 4, 4)
+    prediction = truth.clone()
+    truth[0, ..., 0], truth[:, ..., 1] = 1, 2  # labels 1 and 2; label 2
+    prediction[0, ..., 0], prediction[1, ..., 0], prediction[1, ..., 1] = 1, 3, 2  # label 1; labels 3 and 2
+    metric = PresenceMetric(4)
+    metric(prediction, truth)
+    assert metric.details()["missed"].tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert metric.details()["invented"].tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert metric.aggregate() == {"missed": 1.0, "invented": 1.0}
+    with pytest.raises(ValueError, match="y: must be label maps"):
+        metric(prediction, truth[..., :2])

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
-
 from custom.evaluation import labels as of_labels
 from custom.evaluation import rendering as of_rendering
 from custom.evaluation.rendering import (
@@ -21,6 +19,7 @@ from custom.evaluation.rendering import (
     vessel_contrast_ratio,
     vessel_regions,
 )
+from scipy import ndimage
 
 vessel_cl_dice = MEASURES["vessel_cl_dice"]
 

@@ -7,9 +7,8 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import TINY, fails_with, smooth_volume, template_of
-
 from custom.evaluation.sets import measure_set
+from helpers import TINY, fails_with, smooth_volume, template_of
 
 CONFIGS = ("inference.json", "synthesize.json", "measure_set.json")
 
@@ -42,6 +41,31 @@ def planted(cohort, tmp_path):
     provenance = {"config_hash": "x"}
     (tmp_path / "datalist.json").write_text(json.dumps({"training": items, "rejected": [], "provenance": provenance}))
     return tmp_path
+
+
+def test_labels_of_sets_and_templates_are_read_as_their_lists_say(workflow, cohort, planted):
+    """Under a swap, only what is not yet in the ids of the model is renumbered."""
+    theirs = planted / "theirs"
+    theirs.mkdir()
+    swap, lists = {"from": [1, 3], "to": [3, 1]}, json.loads((cohort / "datalist.json").read_text())
+    for item in (item for items in lists.values() if isinstance(items, list) for item in items):
+        source = nib.load(cohort / item["label"])
+        ids = np.asarray(source.dataobj)
+        own = np.where(ids == 1, 3, np.where(ids == 3, 1, ids)).astype(np.uint8)
+        item["image"], item["label"] = str(cohort / item["image"]), item["label"].split("/")[-1]
+        nib.save(nib.Nifti1Image(own, source.affine), theirs / item["label"])
+    (theirs / "datalist.json").write_text(json.dumps(lists))
+    made = json.loads((planted / "datalist.json").read_text())
+    made["training"] = [{**item, "mapped_label": True} for item in made["training"]]
+    (planted / "datalist.json").write_text(json.dumps(made))
+    for name, item in (("copy", 0), ("mirrored", 1)):
+        record = json.loads((planted / f"records/{name}.json").read_text())
+        record["template"] = template_of(cohort, f"subject_00{item}") | {"mapped_label": True}
+        (planted / f"records/{name}.json").write_text(json.dumps(record))
+    plain = measure(workflow, cohort, planted)
+    swapped = measure(workflow, cohort, planted, template_datalist=str(theirs / "datalist.json"), label_mapping=swap)
+    assert swapped["kernel_distance"] == plain["kernel_distance"]
+    assert swapped["largest_shifts"] == plain["largest_shifts"]
 
 
 def measure(workflow, cohort, folder, **overrides):

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from shapes import KNOWN, ball, torus, tube, voxels
-
 from custom.geometry.centrelines import cl_dice, grow, skeleton
 from custom.geometry.topology import betti_numbers
+from shapes import KNOWN, ball, torus, tube, voxels
 
 
 @pytest.mark.parametrize("name", KNOWN)

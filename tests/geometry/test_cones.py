@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from custom.geometry.cones import lower_to_cones
 
 SHAPE, SPACING = (24, 20, 16), (1.0, 1.5, 0.5)

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from monai.networks.blocks import DVF2DDF
-
 from custom.geometry.deformation import (
     compose,
     exponentiate,
@@ -15,6 +13,7 @@ from custom.geometry.deformation import (
     sample_labels,
     warp,
 )
+from monai.networks.blocks import DVF2DDF
 
 SHAPE = (24, 28, 20)
 SPACING = (1.5, 1.0, 2.5)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from custom.geometry.deformation import exponentiate, identity_coordinates, jacobian_determinant, sample, sample_labels
 from custom.geometry.registration import (
     align_extent,

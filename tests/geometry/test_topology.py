@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from shapes import GRID, KNOWN, ball, hollow_tube, shell, torus, voxels
-
 from custom.geometry.topology import (
     betti_errors,
     betti_numbers,
@@ -12,6 +10,7 @@ from custom.geometry.topology import (
     fill_cavities,
     largest_components,
 )
+from shapes import GRID, KNOWN, ball, hollow_tube, shell, torus, voxels
 
 
 @pytest.mark.parametrize("name", KNOWN)

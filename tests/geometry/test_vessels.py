@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from shapes import GRID, ball, torus, tube
-
 from custom.geometry.centrelines import grow
 from custom.geometry.topology import betti_numbers
 from custom.geometry.vessels import VesselTree, anchored, carry, draw, prune, read_tree, tree_length_mm, tree_volume_mm3
+from shapes import GRID, ball, torus, tube
 
 SPACING = (1.0, 1.0, 1.0)
 CENTRE = np.array([15, 16, 14])

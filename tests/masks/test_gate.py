@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shapes import ball, torus, tube
-
 from custom.masks.gate import MaskGate, mean_dice, measure_mask, rejections, wall_thickness_mm
 from custom.volumes.anatomy import Label
+from shapes import ball, torus, tube
 
 STRUCTURES = {1: Label("chamber"), 2: Label("vessel", thin=True, touches=(1,)), 3: Label("wall", wall=True)}
 SPACING = (1.0, 1.0, 1.0)

@@ -5,9 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import ORGAN, airway, assert_kept
-from shapes import torus
-
 from custom.geometry.deformation import jacobian_determinant, warp
 from custom.geometry.topology import betti_numbers
 from custom.geometry.vessels import read_tree, tree_length_mm
@@ -18,6 +15,8 @@ from custom.masks.preparation import dice, prepare_label_map
 from custom.masks.reference import Reference, fill_nearest, register_neighbour
 from custom.phantom.cohort import make_subject
 from custom.volumes.anatomy import Label
+from helpers import ORGAN, airway, assert_kept
+from shapes import torus
 
 HEART = {k: Label(f"label {k}") for k in (2, 3, 4, 5, 6, 7, 8)} | {
     1: Label("myocardium", wall=True),

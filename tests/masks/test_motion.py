@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from custom.geometry.deformation import exponentiate, identity_coordinates, random_velocity, sample
 from custom.masks.motion import carry_points, confine, mixture_coefficients
 

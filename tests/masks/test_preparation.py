@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from shapes import ball, torus, tube
-
 from custom.geometry.topology import betti_numbers
 from custom.masks.preparation import prepare_label_map, smooth_label_map
 from custom.volumes.anatomy import Label
+from shapes import ball, torus, tube
 
 SPACING = (1.0, 1.0, 1.0)
 CHAMBER, VESSEL = Label("chamber"), Label("vessel", handles=0, thin=True, touches=(1,))

@@ -10,11 +10,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.data import load_decathlon_datalist
-from scipy import ndimage
-
 from custom.geometry.topology import betti_numbers
 from custom.phantom.cohort import INTENDED_BETTI, LABELS, Subject, make, make_subject
+from monai.data import load_decathlon_datalist
+from scipy import ndimage
 
 GRIDS = [((96, 96, 96), 1.5), ((64, 64, 64), 2.25), ((72, 72, 72), 2.0)]
 COARSE = {"shape": (64, 64, 64), "spacing_mm": 2.25}

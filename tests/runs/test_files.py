@@ -1,11 +1,24 @@
 """Files are absent or whole, and known by what they hold."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
-
-from custom.runs.files import content_hash, file_hashes, plain_values, replace_file, write_json, write_table
+from custom.runs.files import (
+    content_hash,
+    differences,
+    file_hashes,
+    plain_values,
+    read_json,
+    remove_leftovers,
+    replace_file,
+    write_json,
+    write_table,
+)
 
 
 @dataclass
@@ -57,3 +70,48 @@ def test_hashes_of_files_follow_their_content(tmp_path):
     assert len(set(first.values())) == 1
     (tmp_path / "a").write_text("changed")
     assert file_hashes(cases, ["label", "image"]) != first
+
+
+def test_damaged_json_is_named_with_what_is_wrong_and_the_remedy(tmp_path):
+    for content, reason in (
+        (b'{"a": 1', "Expecting"),
+        (b"\xff\xfe", "codec"),
+        (b"[1]", "one JSON object"),
+        (b"", "value"),
+    ):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a.json: is damaged \(.*{reason}.*\); make it anew"):
+            read_json(tmp_path / "a.json", "make it anew")
+
+
+def test_differences_are_named_by_the_innermost_key():
+    before = {"seed": 0, "anatomy": {"1": {"weight": 2, "name": "x"}, "2": {}}, "sizes": [1, 2]}
+    now = {"seed": 0, "anatomy": {"1": {"weight": 3, "name": "x"}, "2": {}}, "sizes": [1, 3], "more": None}
+    assert differences(before, before) == {}
+    expected = {"anatomy#1#weight": (2, 3), "sizes": ([1, 2], [1, 3]), "more": ("not set", None)}
+    assert differences(before, now) == expected
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_at_work_stays(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead, old = f".part_{platform.node()}_{ended.stdout.strip()}_", ".part_elsewhere_1_old"
+    ours, other = f".part_{platform.node()}_{os.getpid()}_", ".part_elsewhere_1_new"
+    (tmp_path / "masks").mkdir()
+    for name in (f"{dead}a", f"masks/{dead}b", f"masks/{ours}c", other, old, "kept.json"):
+        (tmp_path / name).write_text("half")
+    os.utime(tmp_path / old, (1e9, 1e9))
+    (tmp_path / f"masks/{dead}link").symlink_to("/nowhere")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / f"masks/{dead}b").exists()
+    remove_leftovers(tmp_path, below=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"masks", f"masks/{ours}c", other, "kept.json"}
+    remove_leftovers(tmp_path / "absent", below=True)
+
+
+def test_json_holds_null_for_what_is_not_a_number(tmp_path):
+    write_json(tmp_path / "a.json", {"mean": float("nan"), "rows": [(1.5, float("inf"))], 3: {"x": -float("inf")}})
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text) == {"mean": None, "rows": [[1.5, None]], "3": {"x": None}}

@@ -1,15 +1,16 @@
 """A folder belongs to one run, which its options determine."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from custom.runs.folders import TrainingPlace, claim_folder, lock_folder, unlock_folder
 from helpers import ROOT, other_process_at_work
+from ignite.engine import Engine
 from monai.bundle import ConfigParser
-
-from custom.runs.folders import claim_folder, lock_folder, unlock_folder
 
 
 @dataclass
@@ -135,7 +136,9 @@ def test_another_option_or_another_input_is_another_run_and_another_number_of_wo
     with folder_of(tmp_path, workers=8) as again:
         assert again == first
     with (
-        pytest.raises(ValueError, match=r"belongs to another run \(gate: .*; seed: 5 there, 6 now\)"),
+        pytest.raises(
+            ValueError, match=r"another run \(gate#range: \[1, 5\] there, \[1, 6\] now; seed: 5 there, 6 now\)"
+        ),
         folder_of(tmp_path, seed=6),
     ):
         pass
@@ -143,6 +146,44 @@ def test_another_option_or_another_input_is_another_run_and_another_number_of_wo
     (tmp_path / "image.nii.gz").write_bytes(b"others")
     with pytest.raises(ValueError, match="belongs to another run .templates: "), folder:
         pass
+
+
+def test_only_what_differs_is_told_by_its_name_and_shortened(tmp_path):
+    rows = {str(k): {"name": f"label {k}", "components": 1} for k in range(20)}
+    claim(tmp_path, anatomy=rows, files=["a" * 200], shift=float("nan"))
+    (tmp_path / "result.nii.gz").write_bytes(b"")
+    claim(tmp_path, anatomy=rows, files=["a" * 200], shift=float("nan"))
+    rows["10"]["components"] = 3
+    with pytest.raises(ValueError, match="belongs to another run") as caught:
+        claim(tmp_path, anatomy=rows, files=["b" * 200], shift=float("nan"))
+    message = str(caught.value)
+    assert "(anatomy#10#components: 1 there, 3 now; files: ['aaaa" in message
+    assert "label 3" not in message
+    assert len(message.replace(str(tmp_path), "")) < 350
+    with pytest.raises(ValueError, match=r"anatomy#1#name: label 1 there, other now; .*; and 35 more\)"):
+        claim(tmp_path, anatomy={k: {"name": "other"} for k in rows}, files=["a" * 200], shift=float("nan"))
+
+
+def test_a_run_that_made_nothing_leaves_its_folder_to_another(tmp_path):
+    def again(**provenance):
+        return claim_folder(str(tmp_path), name="run.json", provenance=provenance, intermediate=["prepared"])
+
+    first = again(seed=0)
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared/reference.nii.gz").write_bytes(b"of the options before")
+    assert again(seed=0) == first
+    assert (tmp_path / "prepared/reference.nii.gz").exists()
+    with (
+        other_process_at_work(tmp_path),
+        pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 there, 1 now\)"),
+    ):
+        again(seed=1)
+    assert again(seed=1)["seed"] == 1
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
+    assert not (tmp_path / "prepared").exists()
+    (tmp_path / "result.nii.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"seed: 1 there, 0 now"):
+        again(seed=0)
 
 
 def test_nothing_is_claimed_before_the_work_begins_and_the_lock_ends_with_it(tmp_path):
@@ -156,3 +197,94 @@ def test_nothing_is_claimed_before_the_work_begins_and_the_lock_ends_with_it(tmp
         folder,
     ):
         pass
+
+
+# A training's places
+
+
+def place_of(folder, name="out", weights="models/model.pt"):
+    return TrainingPlace(output_dir=str(folder / name), weights=str(folder / weights))
+
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+from custom.runs.folders import TrainingPlace
+folder = Path(sys.argv[1])
+TrainingPlace(output_dir=str(folder / sys.argv[2]), weights=str(folder / sys.argv[3])).take()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "refusal"),
+    [
+        (("out", "others/model.pt"), r"output_dir \S+/out: process {} on \S+ is training in this folder; .*output_dir"),
+        (("other", "models/model.pt"), r"\S+/models/model.pt: process {} on \S+ is training these weights; .*ckpt_dir"),
+    ],
+)
+def test_a_second_training_into_one_place_is_refused_until_the_first_has_ended(tmp_path, theirs, refusal):
+    command = [sys.executable, "-c", TRAINING, str(tmp_path), *theirs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(RuntimeError, match=refusal.format(other.pid)):
+                place_of(tmp_path).take()
+            place_of(tmp_path, "third", "models/another.pt").run(trainer_of_one_step())
+        finally:
+            other.kill()
+    place_of(tmp_path).run(trainer_of_one_step())
+
+
+def trainer_of_one_step():
+    trainer = Engine(lambda engine, batch: None)
+    run = trainer.run
+    trainer.run = lambda: run([0], max_epochs=1)
+    return trainer
+
+
+def test_a_place_is_given_back_also_by_a_training_that_fails(tmp_path):
+    def fail():
+        raise RuntimeError("amid the training")
+
+    trainer = trainer_of_one_step()
+    trainer.run = fail
+    place = place_of(tmp_path)
+    place.take()
+    with pytest.raises(RuntimeError, match="amid the training"):
+        place.run(trainer)
+    take = [sys.executable, "-c", TRAINING.replace("time.sleep(60)", ""), str(tmp_path), "out", "models/model.pt"]
+    assert subprocess.run(take, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_of_several_processes_the_first_takes_the_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    place_of(tmp_path).take()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_made_is_named_with_its_option(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(OSError, match="choose another ckpt_dir") as caught:
+        place_of(tmp_path).take()
+    assert caught.value.filename == str(tmp_path / "models")
+
+
+@pytest.mark.parametrize("content", ['{"seed": 0', "[]", "\x00"])
+def test_a_damaged_record_of_a_run_is_named_with_the_remedy(tmp_path, content):
+    claim(tmp_path, seed=0)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"run.json: is damaged .*; choose another output_dir, or delete {tmp_path}"):
+        claim(tmp_path, seed=0)
+
+
+def test_what_killed_processes_left_of_a_run_is_removed_when_it_goes_on(tmp_path):
+    with folder_of(tmp_path):
+        pass
+    left = tmp_path / "out/masks/.part_elsewhere_7_mask.nii.gz"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    os.utime(left, (1e9, 1e9))
+    with folder_of(tmp_path):
+        assert not left.exists()

@@ -5,11 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from monai.transforms import Compose, RandScaleIntensity
-
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.weights import WeightAverage
+from ignite.engine import Engine, Events
+from monai.transforms import Compose, RandScaleIntensity
 
 CPU = torch.device("cpu")
 
@@ -76,14 +75,14 @@ def test_another_seed_gives_other_draws():
 class Run:
     """Three iterations an epoch of a trainer whose every weight is a history of its draws."""
 
-    def __init__(self, path, options=None):
+    def __init__(self, path, options=None, **more):
         torch.manual_seed(0)
         self.model = torch.nn.Linear(3, 1)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = WeightAverage(self.model, momentum=0.002)
         self.trainer = Engine(self.step)
         objects = {"network": self.model, "ema": self.ema.ema_model, "optimizer": self.optimizer}
-        Resume(objects, str(path), CPU, options=options).attach(self.trainer)
+        Resume(objects, str(path), CPU, options=options, **more).attach(self.trainer)
         SeedEachEpoch(0, Compose([])).attach(self.trainer)
         self.ema.attach(self.trainer)
         self.epochs = []
@@ -165,3 +164,54 @@ def test_a_run_that_forgets_leaves_no_state_but_an_interrupted_one_does(tmp_path
     with pytest.raises(RuntimeError, match="killed"):
         engine.run([0], max_epochs=3)
     assert path.exists()
+
+
+RESOLVED = {"seed": 0, "batch_size": 2, "anatomy": {"1": {"class_weight": 2.0}}, "output_dir": "a", "train::x": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"batch_size": 4, "seed": 1}, "batch_size 2, now 4, seed 0, now 1"),
+        ({"anatomy": {"1": {"class_weight": 3.0}}}, "anatomy#1#class_weight 2.0, now 3.0"),
+        ({"warmup_epochs": 3}, "warmup_epochs not set, now 3"),
+    ],
+)
+def test_every_option_is_compared_and_those_that_differ_are_named_alone(tmp_path, change, words):
+    path = tmp_path / "run.pt"
+    Run(path, resolved=RESOLVED).trainer.run(range(3), max_epochs=1)
+    with pytest.raises(ValueError, match=rf"run.pt: is of an interrupted run with {words}; repeat that run's options"):
+        Run(path, resolved=RESOLVED | change).trainer.run(range(3), max_epochs=2)
+
+
+def test_places_and_what_is_left_out_may_change(tmp_path):
+    path = tmp_path / "run.pt"
+    Run(path, resolved=RESOLVED).trainer.run(range(3), max_epochs=1)
+    moved = RESOLVED | {"output_dir": "b", "num_workers": 3, "train::x": 2, "pretrained": "c", "files": None}
+    again = Run(path, resolved=moved, leave_out=["pretrained"])
+    again.trainer.run(range(3), max_epochs=2)
+    assert again.epochs == [2]
+
+
+def test_another_number_of_processes_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    Run(path).trainer.run(range(3), max_epochs=1)
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="interrupted run with processes 1, now 2; repeat"):
+        Run(path).trainer.run(range(3), max_epochs=2)
+
+
+def test_a_file_of_an_older_version_goes_on_with_what_it_knows(tmp_path, caplog):
+    path = tmp_path / "run.pt"
+    Run(path, resolved=RESOLVED).trainer.run(range(3), max_epochs=1)
+    content = torch.load(path, weights_only=True)
+    del content["run"]
+    torch.save({**content, "options": {"seed": 0}}, path)
+    again = Run(path, resolved=RESOLVED)
+    again.trainer.run(range(3), max_epochs=2)
+    assert again.epochs == [2]
+    assert f"{path}: was written by an older version; not compared are anatomy, batch_size, processes" in caplog.text
+    torch.save({**content, "options": {"seed": 0}}, path)
+    with pytest.raises(ValueError, match="interrupted run with seed 0, now 1; repeat"):
+        Run(path, resolved=RESOLVED | {"seed": 1}).trainer.run(range(3), max_epochs=2)

@@ -1,11 +1,16 @@
 """What is logged to MLflow, and what is left alone."""
 
 import os
+import platform
+import subprocess
+import sys
+import time
 
 import mlflow
 import pytest
-
-from custom.runs.tracking import EXPERIMENT, log_run, tracking_store
+from custom.runs.tracking import EXPERIMENT, LogToMLFlow, log_run, open_store, tracking_store
+from ignite.engine import Engine
+from sqlalchemy.exc import OperationalError
 
 
 def test_a_run_is_logged_whole_and_leaves_the_process_as_it_was(tmp_path):
@@ -33,18 +38,85 @@ def test_a_store_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mlflow, "MlflowClient", killed)
+    uri = tracking_store(tmp_path / "new/out")
     with pytest.raises(KeyboardInterrupt):
-        tracking_store(tmp_path / "new/out")
+        open_store(uri)
     assert not (tmp_path / "new/out/mlflow.db").exists()
     monkeypatch.setattr(mlflow, "MlflowClient", make)
-    uri = tracking_store(tmp_path / "new/out")
-    make(uri).create_experiment("kept")
-    assert tracking_store(tmp_path / "new/out") == uri
+    open_store(uri).create_experiment("kept")
+    open_store(uri)
     assert make(uri).get_experiment_by_name("kept"), "a store that is there must stay"
     assert [path.name for path in (tmp_path / "new/out").iterdir()] == ["mlflow.db"]
 
 
-def test_one_process_of_several_makes_the_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert tracking_store(tmp_path).endswith("/mlflow.db")
+def test_the_name_of_a_store_makes_none(tmp_path):
+    assert tracking_store(tmp_path / "new").endswith("/mlflow.db")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["50%25 done", "what?", "a#b", "CT [2024] $x"])
+def test_a_store_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
+    open_store(tracking_store(tmp_path / name)).create_experiment("kept")
+    assert (tmp_path / name / "mlflow.db").stat().st_size > 0
+    assert open_store(tracking_store(tmp_path / name)).get_experiment_by_name("kept")
+
+
+def handler_of(folder, **options):
+    """An engine of two iterations that logs its loss there."""
+    engine = Engine(lambda engine, batch: 0.5)
+    loss = {"output_transform": lambda output: output, "close_on_complete": True}
+    LogToMLFlow(tracking_store(folder), experiment_name="x", run_name="train", **loss, **options).attach(engine)
+    return engine
+
+
+def test_a_server_named_in_the_environment_redirects_nothing_and_delays_nothing(tmp_path, monkeypatch):
+    open_store(tracking_store(tmp_path))  # whose tables take seconds
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    begun = time.monotonic()
+    handler_of(tmp_path).run([0, 1])
+    log_run(tracking_store(tmp_path), tmp_path, run_name="masks", params={"seed": 7}, metrics={}, artifacts=[])
+    assert time.monotonic() - begun < 20
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:9"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    client = mlflow.MlflowClient(tracking_store(tmp_path))
+    (run,) = client.search_runs(client.get_experiment_by_name("x").experiment_id)
+    assert (run.info.run_name, run.info.status, run.data.metrics["Loss"]) == ("train", "FINISHED", 0.5)
+    assert client.search_runs(client.get_experiment_by_name(EXPERIMENT).experiment_id)
+
+
+@pytest.mark.parametrize("spoil", [lambda whole: b"garbage" * 500, lambda whole: whole[: len(whole) // 2]])
+def test_a_damaged_store_is_named_with_the_remedy(tmp_path, spoil):
+    open_store(tracking_store(tmp_path / "whole"))
+    (tmp_path / "mlflow.db").write_bytes(spoil((tmp_path / "whole/mlflow.db").read_bytes()))
+    refusal = rf"{tmp_path}/mlflow.db: MLflow cannot log here \(.*\); make room on a full disk, else move it away"
+    with pytest.raises(RuntimeError, match=refusal):
+        handler_of(tmp_path)
+    with pytest.raises(RuntimeError, match=refusal):
+        log_run(tracking_store(tmp_path), tmp_path, run_name="masks", params={}, metrics={}, artifacts=[])
+
+
+@pytest.mark.parametrize("call", ["get_experiment_by_name", "log_batch", "set_terminated"])
+def test_a_disk_that_is_full_amid_a_run_is_named_with_the_store(tmp_path, monkeypatch, call):
+    def full(*args, **kwargs):
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    engine = handler_of(tmp_path)
+    monkeypatch.setattr(mlflow.MlflowClient, call, full)
+    with pytest.raises(RuntimeError, match=rf"{tmp_path}/mlflow.db: .*database or disk is full.*make room"):
+        engine.run([0, 1])
+
+
+def test_a_server_that_was_asked_for_and_does_not_answer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = "http://127.0.0.1:9"
+    with pytest.raises(RuntimeError, match=rf"tracking_uri {address}: MLflow cannot log here .*start the server"):
+        log_run(address, tmp_path, run_name="masks", params={}, metrics={}, artifacts=[])
+
+
+def test_what_a_kill_left_of_a_store_is_removed(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = tmp_path / f".mlflow_{platform.node()}_{ended.stdout.strip()}_x1"
+    left.mkdir()
+    (left / "mlflow.db").write_text("half")
+    open_store(tracking_store(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from custom.runs.files import part_of
+from custom.runs.weights import (
+    KeepBest,
+    KeepLast,
+    LoadWeights,
+    RefuseDivergence,
+    WeightAverage,
+    load_pretrained,
+    save_atomically,
+)
 from ignite.engine import Engine, Events
-
-from custom.runs.weights import KeepBest, KeepLast, LoadWeights, WeightAverage, load_pretrained, save_atomically
+from monai.engines.utils import IterationEvents
 
 
 def test_saving_makes_the_folder_and_replaces_the_file(tmp_path):
@@ -131,3 +140,69 @@ def test_the_last_weights_are_kept_but_not_those_of_a_training_that_failed(tmp_p
     assert not path.exists()
     run(fails=False)
     assert float(torch.load(path, weights_only=True)["weight"]) == 3
+
+
+@pytest.mark.parametrize(("scores", "kept"), [((), 9), ((float("nan"),), 9), ((float("nan"), 0.5), 2)])
+def test_a_training_without_a_score_leaves_its_last_weights_and_else_its_best(tmp_path, scores, kept):
+    path = tmp_path / "model.pt"
+    validation = Validation(path)
+    validation.run(*scores)
+    trainer = Engine(lambda engine, batch: torch.nn.init.constant_(validation.model.weight, 9.0))
+    KeepLast(validation.model, str(path), keep_best=validation.keep).attach(trainer)
+    trainer.run([0])
+    assert weight_in(path) == kept
+
+
+def diverging(tmp_path, loss, weight):
+    """A trainer whose second iteration gives this loss and weight, and which keeps the weights of every epoch."""
+    network, path = torch.nn.Linear(1, 1, bias=False), tmp_path / "model.pt"
+
+    def step(engine, batch):
+        second = engine.state.iteration == 2
+        engine.state.output = {"loss": torch.tensor(loss if second else 1.0)}
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        torch.nn.init.constant_(network.weight, weight if second else 1.0)
+        return engine.state.output
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    RefuseDivergence(network, learning_rate=4.0, output_dir=str(tmp_path / "out")).attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: save_atomically(network.state_dict(), path))
+    return engine, path
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "what"),
+    [
+        (float("nan"), 2.0, "the loss is nan in epoch 2, iteration 2"),
+        (float("inf"), 2.0, "the loss is inf in epoch 2, iteration 2"),
+        (1.0, float("nan"), "weights are NaN or infinite in epoch 2, iteration 2"),
+    ],
+)
+def test_divergence_is_an_error_that_names_the_rate_and_spares_the_weights(tmp_path, loss, weight, what):
+    engine, path = diverging(tmp_path, loss, weight)
+    with pytest.raises(
+        ValueError, match=f"learning_rate 4.0: the training diverged, {what}; lower it, and set another"
+    ):
+        engine.run([0], max_epochs=3)
+    assert weight_in(path) == 1
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    torch.save({key: value * float("nan") for key, value in network.state_dict().items()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: these weights are NaN or infinite.*train anew, or use others"):
+        LoadWeights(network, str(tmp_path / "model.pt"))()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_full_disk_is_named_with_the_file_of_the_weights(tmp_path, size):
+    path = tmp_path / "resume.pt"
+    save_atomically({"a": 1}, path)
+    part_of(path).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="the disk may be full; nothing was written, make room") as caught:
+        save_atomically({"a": torch.zeros(size)}, path)
+    assert caught.value.filename == str(path)
+    assert torch.load(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["resume.pt"]

@@ -7,7 +7,6 @@ import logging
 
 import numpy as np
 import pytest
-
 from custom.segmentation.cases import pretraining_cases, sample_weights
 
 

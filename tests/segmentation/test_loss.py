@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.losses import DiceCELoss, SoftclDiceLoss
-
 from custom.segmentation.loss import CALLoss, class_normalised, class_weights
+from monai.losses import DiceCELoss, SoftclDiceLoss
 
 CLASSES = 4
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ignite.engine import Engine
-
 from custom.segmentation.loss import CALLoss
 from custom.segmentation.schedule import ConfidenceSchedule
+from ignite.engine import Engine
 
 
 def test_gamma_is_0_in_the_warm_up_and_then_climbs_to_1():

@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 import nibabel as nib
 import numpy as np
 import pytest
-
 from custom.synthesis.report import write_report
 
 NAMES = ["background", "wall", "blood <&>", "vessel"]

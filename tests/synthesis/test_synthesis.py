@@ -9,11 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, fails_with, other_process_at_work, template_of
-
 from custom.diffusion.transforms import VaryContrastd
 from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.synthesis.cases import synthesis_cases
+from helpers import TINY, fails_with, other_process_at_work, template_of
 
 CONFIGS = ("inference.json", "synthesize.json")
 MAPPING = {"from": [11], "to": [0]}

@@ -1,7 +1,6 @@
 """One table for the label map: every list is a column, and what makes no sense is refused by row."""
 
 import pytest
-
 from custom.volumes.anatomy import Anatomy, Label
 
 ROWS = {

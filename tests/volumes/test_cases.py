@@ -1,11 +1,20 @@
 """Lists of cases: what is read, what is refused and by which name."""
 
+import gzip
 import json
 
 import pytest
-
 from custom.segmentation.cases import pretraining_cases
-from custom.volumes.cases import case_name, check_files, check_names, load_cases, rendering_cases, unfinished
+from custom.volumes.cases import (
+    case_name,
+    check_files,
+    check_names,
+    load_cases,
+    rendering_cases,
+    segmentation_cases,
+    unfinished,
+    validation_cases,
+)
 
 
 @pytest.fixture
@@ -182,10 +191,72 @@ def test_no_mask_is_refused(templates):
         rendering_cases([], templates)
 
 
-def test_masks_of_one_name_are_refused_because_results_would_overwrite_each_other(folder):
+def test_masks_and_templates_of_one_name_are_told_apart_by_their_folders(folder, templates):
     masks = [str(folder / "images/a.nii.gz"), str(folder / "labels/a.nii.gz"), str(folder / "c.nii")]
-    with pytest.raises(ValueError, match=r"file names must differ, they give \['a'\] more than once; rename them"):
+    assert [case["case"] for case in rendering_cases(masks, [])] == ["images_a", "labels_a", "c"]
+    pairs = [{"image": mask, "label": masks[1]} for mask in masks[:2]]
+    cases = rendering_cases(masks[2:], pairs)
+    assert [case["case"] for case in cases] == ["c_from_images_a", "c_from_labels_a"]
+
+
+def test_masks_listed_twice_are_refused_because_results_would_overwrite_each_other(folder):
+    masks = [str(folder / "images/a.nii.gz"), str(folder / "images/../images/a.nii.gz"), str(folder / "c.nii")]
+    with pytest.raises(
+        ValueError, match=r"file names must differ, they give \['a'\] more than once; rename them"
+    ) as no:
         rendering_cases(masks, [])
+    assert str(no.value).endswith("list each file once")
+
+
+def test_cases_of_one_name_are_named_by_their_folders_in_any_order(folder):
+    items = [{"image": "c.nii", "label": f"{place}/a.nii.gz"} for place in ("images", "labels")]
+    for order in (items, items[::-1]):
+        cases = load_cases(write(folder / "same.json", training=order), "training")
+        assert {case["label"]: case["case"] for case in cases} == {
+            str(folder / "images/a.nii.gz"): "images_a",
+            str(folder / "labels/a.nii.gz"): "labels_a",
+        }
+
+
+def test_images_that_share_a_label_have_a_name_each(folder):
+    items = [{"image": name, "label": "d.nii"} for name in ("c.nii", "images/a.nii.gz")]
+    items.append({"image": "images/b.nii.gz", "label": "labels/b.nii.gz"})
+    cases = load_cases(write(folder / "shared.json", training=items), "training")
+    assert [case["case"] for case in cases] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(("ending", "key"), [(".mha", "image"), (".nrrd", "label"), (".dcm", "image")])
+def test_files_of_another_format_are_refused_with_how_to_convert_them(folder, ending, key):
+    item = {"image": "c.nii", "label": "d.nii", key: f"scan{ending}"}
+    with pytest.raises(ValueError, match=rf"scan\{ending}: only NIfTI files are read.*convert it first"):
+        load_cases(write(folder / "other.json", training=[item]), "training")
+    with pytest.raises(ValueError, match=rf"scan\{ending}: only NIfTI files are read"):
+        rendering_cases([str(folder / f"scan{ending}")], [])
+
+
+def test_what_a_list_says_of_its_labels_is_handed_on(folder):
+    items = [{"image": "c.nii", "label": "d.nii", "mapped_label": stated} for stated in (True, False)]
+    cases = load_cases(
+        write(folder / "mapped.json", training=[*items, {"image": "c.nii", "label": "d.nii"}]), "training"
+    )
+    assert [case.get("mapped_label") for case in cases] == [True, False, None]
+    with pytest.raises(ValueError, match=r"odd\.json: mapped_label must be true or false, got 'yes'"):
+        load_cases(
+            write(folder / "odd.json", training=[{"image": "c.nii", "label": "d.nii", "mapped_label": "yes"}]),
+            "training",
+        )
+
+
+@pytest.mark.parametrize("record", ["generation.json", "synthesis.json"])
+def test_labels_in_the_folder_of_a_run_are_known_to_be_mapped_however_they_are_listed(folder, templates, record):
+    (folder / record).touch()
+    own = load_cases(write(folder / "own.json", training=[{"image": "c.nii", "label": "labels/a.nii.gz"}]), "training")
+    assert own[0]["mapped_label"] is True
+    (case,) = rendering_cases([templates[1]["label"]], templates[:1])
+    assert case["mapped_label"] is case["mapped_template_label"] is True
+    (case,) = rendering_cases([str(folder / "c.nii")], [{**templates[0], "mapped_label": False}])
+    assert "mapped_label" not in case, "beside the record, not in a folder of the run"
+    assert case["mapped_template_label"] is False
 
 
 def test_missing_masks_and_templates_are_named_at_once(folder, templates):
@@ -197,13 +268,38 @@ def test_missing_masks_and_templates_are_named_at_once(folder, templates):
 
 def test_unfinished_are_the_cases_without_a_complete_result(tmp_path):
     cases = [{"case": name} for name in ("done", "partial", "other_ending", "folder", "new")]
-    (tmp_path / "done.nii.gz").touch()
+    (tmp_path / "done.nii.gz").write_bytes(WHOLE)
     (tmp_path / ".partial_7_partial.nii.gz").touch()
     (tmp_path / "other_ending.png").touch()
     (tmp_path / "folder.nii.gz").mkdir()
     assert [case["case"] for case in unfinished(cases, str(tmp_path))] == ["partial", "other_ending", "folder", "new"]
     none = unfinished(cases, str(tmp_path), done=lambda case, folder: case["case"] != "new" and folder == str(tmp_path))
     assert [case["case"] for case in none] == ["new"]
+
+
+WHOLE = gzip.compress(bytes(range(256)) * 8)
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"no gzip" * 90, WHOLE[:-1], WHOLE[: len(WHOLE) // 2], gzip.compress(b"short")]
+)
+def test_a_result_cut_short_is_named_and_made_again(tmp_path, caplog, damaged):
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(damaged)
+    assert unfinished([{"case": "a"}], str(tmp_path)) == [{"case": "a"}]
+    assert f"{path} is damaged and is made again" in caplog.text
+
+
+def test_a_list_without_validation_cases_is_refused_and_an_interval_of_0_asks_for_none(folder):
+    path = write(folder / "few.json", training=[{"image": "images/a.nii.gz", "label": "labels/a.nii.gz"}])
+    assert validation_cases(path, "validation", interval=0) == []
+    assert validation_cases("nowhere.json", "validation", interval=0) == []
+    with pytest.raises(ValueError, match="no case in section 'validation'; .*, or set `val_interval` 0 to train"):
+        validation_cases(path, "validation", interval=2)
+    with pytest.raises(FileNotFoundError, match="nowhere.json: datalist not found"):
+        validation_cases("nowhere.json", "validation", interval=2)
+    (case,) = validation_cases(str(folder / "datalist.json"), "validation", interval=2, limit=1)
+    assert case["image"] == str(folder / "c.nii")
 
 
 def test_everything_is_unfinished_in_a_folder_that_does_not_exist_yet(tmp_path):
@@ -228,3 +324,25 @@ def test_cases_of_one_name_are_refused():
         ValueError, match=r"masks: file names must differ, they give \['a'\] more than once; rename them"
     ):
         check_names([{"case": "a"}, {"case": "b"}, {"case": "a"}], "masks")
+
+
+def test_what_is_segmented_keeps_its_folders_below_the_deepest_or_the_given_one(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    images = ["images/a.nii.gz", "../" + folder.name + "/labels/b.nii.gz", "d.nii"]
+    cases = segmentation_cases(images)
+    assert [case["case"] for case in cases] == ["images/a_seg", "labels/b_seg", "d_seg"]
+    files = [folder / name for name in ("images/a.nii.gz", "labels/b.nii.gz", "d.nii")]
+    assert [case["image"] for case in cases] == [str(file) for file in files]
+    assert segmentation_cases(images[:1]) == [{"image": str(folder / "images/a.nii.gz"), "case": "a_seg"}]
+    assert segmentation_cases(images[:1], ".")[0]["case"] == "images/a_seg"
+    assert segmentation_cases([]) == []
+
+
+def test_images_outside_the_given_folder_are_refused(folder):
+    with pytest.raises(ValueError, match=r"images_root: must be a folder that all images lie below, got .*/images"):
+        segmentation_cases([str(folder / "d.nii")], str(folder / "images"))
+
+
+def test_one_text_is_no_list_of_images():
+    with pytest.raises(TypeError, match=r"images: must be a list of files, got the text 'a\.nii'; write \['a\.nii'\]"):
+        segmentation_cases("a.nii")

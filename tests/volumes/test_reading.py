@@ -2,16 +2,15 @@
 
 import gzip
 
+import custom
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.checks import check_version
+from custom.volumes.reading import CheckVolumesd, LoadConfidenced, LoadVolumesd, file_of, reading_chain
 from monai.data import MetaTensor
 from monai.transforms import Compose
-
-import custom
-from custom.checks import check_version
-from custom.volumes.reading import CheckVolumesd, LoadConfidenced, LoadVolumesd, file_of, reading
 
 SHAPE = (6, 5, 7)
 LARGER = (17, 16, 15)
@@ -325,7 +324,7 @@ def case(tmp_path):
 
 def chain(**changes):
     options = {"pairs": [["image", "label"]], "num_labels": 2, "label_mapping": {"from": [11], "to": [0]}}
-    return Compose(reading(**{**options, "spacing_mm": [1.0, 1.0, 1.0], **changes}))
+    return Compose(reading_chain(**{**options, "spacing_mm": [1.0, 1.0, 1.0], **changes}))
 
 
 def test_volumes_come_in_ras_and_spacing_with_labels_renumbered_and_not_mixed(case):
@@ -355,6 +354,14 @@ def test_without_spacing_only_the_axes_are_turned(case):
 def test_a_label_map_alone_and_no_renumbering(case):
     item = chain(pairs=[], labels=["label"], label_mapping={"from": [], "to": []}, num_labels=12)(case)
     assert item["label"].unique().tolist() == [0, 1, 11]
+
+
+def test_an_image_alone_is_read_and_checked_as_one_of_a_pair(case):
+    alone = chain(pairs=[], images=["image"])
+    np.testing.assert_array_equal(alone({"image": case["image"]})["image"], chain()(case)["image"])
+    with pytest.raises(RuntimeError) as caught:
+        alone({"image": case["label"]})
+    assert "values 0 to 11 are not Hounsfield units" in str(caught.value.__cause__)
 
 
 def test_the_chain_checks_before_it_resamples(case):

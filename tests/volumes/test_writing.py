@@ -7,11 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.runs.files import part_of
+from custom.volumes.writing import CheckFinited, SaveVolumed
 from monai.data import MetaTensor
 from monai.transforms import EnsureChannelFirst, LoadImage, Orientation
-
-from custom.runs.files import part_of
-from custom.volumes.writing import SaveVolumed
 
 OBLIQUE = np.array([[1.2, -0.3, 0.0, 7.0], [0.2, 1.1, 0.1, -80.0], [0.0, -0.2, -2.5, 33.0], [0, 0, 0, 1]])
 
@@ -129,3 +128,24 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Not a directory.*file/out"):
         save(tmp_path / "file/out")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["int16", "uint8", "float32"])
+def test_volume_that_is_not_finite_is_refused_by_name_and_leaves_nothing(tmp_path, bad, dtype):
+    volume = rendering()
+    volume[0, 1, 2, 1] = bad
+    item = {"pred": volume, "case": "case"}
+    with pytest.raises(ValueError, match=r"case\.nii\.gz: the result is NaN or infinite in 1 of 105 values.*weights"):
+        SaveVolumed("pred", output_dir=str(tmp_path / "out"), dtype=dtype)(item)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prediction_that_is_not_finite_is_refused_by_the_name_of_its_image():
+    image = rendering()
+    image.meta["filename_or_obj"] = "/data/ct.nii.gz"
+    item = {"image": image, "pred": torch.zeros(3, 5, 7, 3)}
+    assert CheckFinited("pred")(item).keys() == item.keys()
+    item["pred"][2, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"/data/ct\.nii\.gz: the result is NaN or infinite in 1 of 315 values"):
+        CheckFinited("pred")(item)

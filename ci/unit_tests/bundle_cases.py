@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-
 from custom.evaluation.gate import ImageGate
 from custom.phantom.cohort import make
 from custom.runs.files import write_json
@@ -186,5 +185,7 @@ def entries(bundle: str, folder: Path) -> dict[str, Entry]:
         ValueError: for a bundle without a case.
     """
     if bundle not in CASES:
-        raise ValueError(f"bundle: {bundle} has no case in ci/bundle_cases.py, only {sorted(CASES)}; add one")
+        raise ValueError(
+            f"bundle: {bundle} has no case in ci/unit_tests/bundle_cases.py, only {sorted(CASES)}; add one"
+        )
     return CASES[bundle](folder)
