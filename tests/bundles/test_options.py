@@ -337,6 +337,7 @@ def test_the_last_line_of_an_error_is_its_cause(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_quotes_the_cause(tmp_path):
     done = run_in(
         tmp_path,

@@ -155,6 +155,7 @@ def another_training(output_dir, weights):
             process.kill()
 
 
+@pytest.mark.slow
 @bundles
 @pytest.mark.parametrize(
     ("theirs", "refusal"),
@@ -175,6 +176,7 @@ def test_a_second_training_into_one_place_is_refused_before_it_reads_anything(
         assert visible == []
 
 
+@pytest.mark.slow
 @bundles
 def test_a_server_in_the_environment_redirects_no_training(bundle, cohort, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

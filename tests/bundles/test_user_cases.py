@@ -8,6 +8,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from custom.segmentation.cases import pretraining_cases
 from custom.volumes.cases import load_cases
@@ -91,6 +92,7 @@ def synthesize(workflow, options, output_dir):
     return drawn[0]
 
 
+@pytest.mark.slow
 def test_a_swap_of_ids_holds_in_every_stage(workflow, cohort, weights, tmp_path):
     datalist = place(cohort, tmp_path / "data", theirs)
     own = load_cases(str(datalist), "training")
@@ -131,6 +133,7 @@ def test_synthetic_and_real_cases_of_pretraining_are_renumbered_once(seg_workflo
         np.testing.assert_array_equal(item["label"][0], ids_of(cohort / f"labels/subject_{k:03d}.nii.gz"))
 
 
+@pytest.mark.slow
 def test_equal_names_in_folders_count_each(workflow, seg_workflow, cohort, weights, tmp_path):
     datalist = place(cohort, tmp_path / "data", lambda ids: ids, names="patient_{k}/{kind}")
     generate(datalist, tmp_path / "masks")
@@ -210,6 +213,7 @@ def test_a_header_with_two_places_is_refused_in_every_stage_and_one_form_is_kept
         np.testing.assert_allclose(form, source.get_qform(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fourth_axis_of_one_is_none_and_all_that_is_written_is_alike(workflow, cohort, weights, tmp_path):
     datalist = place(cohort, tmp_path / "data", lambda ids: ids[..., None], forms=("label",))
     for k in range(4):
@@ -242,6 +246,7 @@ def without_smallest_vein(ids):
     return np.where(pieces == smallest, 0, ids).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_the_remedy_for_another_number_of_veins_works_in_the_same_folder(cohort, tmp_path):
     whole = place(cohort, tmp_path / "whole", lambda ids: ids, forms=("label",))
     place(cohort, tmp_path / "cut", without_smallest_vein, forms=("label",))
@@ -261,6 +266,7 @@ def test_the_remedy_for_another_number_of_veins_works_in_the_same_folder(cohort,
         generate(whole, out)
 
 
+@pytest.mark.slow
 def test_coronaries_alone_name_the_options_that_make_them_work_in_the_same_folder(cohort, tmp_path):
     datalist = place(cohort, tmp_path / "data", lambda ids: (ids == CORONARIES).astype(np.uint8), forms=("label",))
     out = tmp_path / "out"

@@ -244,6 +244,7 @@ def trainer_of_one_step():
     return trainer
 
 
+@pytest.mark.slow
 def test_a_place_is_given_back_also_by_a_training_that_fails(tmp_path):
     def fail():
         raise RuntimeError("amid the training")
