@@ -3,8 +3,8 @@
     python benchmarks/segmenter_cost.py
 
 Steps with the two losses alternate in one process, so that a busy machine slows both; their ratio is the result. The
-volume is a phantom of 144 mm on 256^3 voxels, segmented by the command of docs/SEGMENTER.md in a process of its own with
-random weights: cost does not depend on them. The network sees 96^3 voxels of 1.5 mm; a second run keeps all 256^3.
+volume is a phantom of 144 mm on 256^3 voxels, segmented by the command of docs/SEGMENTER.md in a process of its own
+with random weights: cost does not depend on them. The network sees 96^3 voxels of 1.5 mm; a second run keeps all 256^3.
 """
 
 from __future__ import annotations
