@@ -1,4 +1,4 @@
-"""Inferers that render a volume and the variance of its voxels."""
+"""Inferers that render a structure and the variance of its voxels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from custom.confidence.variance import RunningVariance, local_mean, local_mean_variance
+from custom.confidence.variance import RunningVariance, predicted_variance
 from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.sampler import StructDiffInferer
@@ -18,12 +18,10 @@ _TOLERATED_DEVIATIONS = 3.0  # ours: farther from the mean than that, an image d
 
 
 class PredictedVarianceInferer(StructDiffInferer):
-    """Render a volume and the variance that the network predicts for it anyway, of 3^3 averages (ours).
+    """Render a structure and the variance that the network predicts for it anyway (ours).
 
-    What the network knows of the truth is mean and deviation of the residual; their variance is propagated exactly
-    (`local_mean_variance`). Where an image is farther from the mean than three deviations, as where it does not show
-    its label, a ninth of the squared distance counts instead. One encoding more than the image alone, no network call.
-    On phantoms no score of 30 calls tells the error of voxels better (benchmarks/ssv.py).
+    Where an image is farther from the predicted mean than three deviations, as where it does not show its label, a
+    ninth of the squared distance counts instead. One encoding more than the image alone, no network call.
     """
 
     @torch.no_grad()
@@ -33,27 +31,27 @@ class PredictedVarianceInferer(StructDiffInferer):
         """Render a batch.
 
         Returns:
-            (B, 2, H, W, D): image of :class:`StructDiffInferer` in HU, and variance in HU^2.
+            (B, 2, H, W, D): structure of :class:`StructDiffInferer` in HU, and variance in HU^2.
         """
         image = super().__call__(inputs, network, cases)
         return torch.cat([image, self.variance(image, inputs, network)], 1)
 
     @torch.no_grad()
     def variance(self, image: torch.Tensor, inputs: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
-        """Variance (B, 1, H, W, D) in HU^2 of any image (B, 1, H, W, D) in HU, given a context (B, 6, H, W, D)."""
+        """Variance (B, 1, H, W, D) in HU^2 of any structure (B, 1, H, W, D) in HU, given a context (B, 4, H, W, D)."""
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
         encoded = self._encode(context, network)
         expected = self._to_hu(haar_unpack(encoded.mean), context)
-        predicted = crop_to(local_mean_variance(encoded.sigma, encoded.edge), context.shape[2:])
-        distance = local_mean(image) - local_mean(expected)
-        return torch.maximum(predicted * RESIDUAL_UNIT_HU**2, (distance / _TOLERATED_DEVIATIONS).square())
+        predicted = crop_to(predicted_variance(encoded.sigma), context.shape[2:]) * RESIDUAL_UNIT_HU**2
+        return torch.maximum(predicted, ((image - expected) / _TOLERATED_DEVIATIONS).square())
 
 
 class SkipSamplingInferer(StructDiffInferer):
-    """Render a volume and its skip-sampling variance: the same noise along schedules that skip differently.
+    """Render a structure and its skip-sampling variance: the same noise along schedules that skip differently.
 
     All schedules begin and end alike and differ in stride. They run one after the other, so memory is that of one
-    rendering and two more volumes. The image is that of the longest schedule.
+    rendering and two more volumes. The image is that of the longest schedule; the variance is that of full samples,
+    whatever `sample_strength` the image has.
 
     Args:
         strides: numbers of network calls, two or more different ones; 4, 6, 8, 12 make 30 calls.
@@ -77,10 +75,16 @@ class SkipSamplingInferer(StructDiffInferer):
         """Render a batch.
 
         Returns:
-            (B, 2, H, W, D): image in HU and skip-sampling variance in HU^2.
+            (B, 2, H, W, D): structure in HU and skip-sampling variance in HU^2.
         """
-        variance = RunningVariance()
-        for times in self.schedules:
-            image = self.render(inputs, network, cases, times)
-            variance.add(image)
+        strength, self.sample_strength = self.sample_strength, 1.0
+        try:
+            variance = RunningVariance()
+            for times in self.schedules:
+                image = self.render(inputs, network, cases, times)
+                variance.add(image)
+        finally:
+            self.sample_strength = strength
+        if strength < 1:
+            image = self.render(inputs, network, cases, self.schedules[-1])
         return torch.cat([image, variance.value()], 1)

@@ -1,55 +1,30 @@
 """Skip-sampling variance: how far samples of one noise differ between schedules, and what that says (torch).
 
 The idea, that skipping steps differently uncovers where a sample is not to be trusted, is StructDiff's (arXiv
-2503.09560, abstract); the formulas are ours. Variances are in HU^2, of images averaged over 3^3 voxels first, so that
-they tell structure and not grain.
+2503.09560, abstract); the formulas are ours. Variances are in HU^2, of structure: rendered images have no grain yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from custom.volumes.haar import depth_to_space, haar_unpack
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def local_mean(volume: Tensor, size: int = 3) -> Tensor:
-    """Mean over size^3 voxels, borders repeated; (B, C, H, W, D) of any size, also one voxel."""
-    reach = size // 2
-    return F.avg_pool3d(F.pad(volume, (reach,) * 6, mode="replicate"), size, stride=1)
-
-
-def _spread_kernels(to_voxels: Callable[[Tensor], Tensor]) -> Tensor:
-    """Squared 3^3 averages (8, 1, 4, 4, 4) of the 8 basis functions of a block of 2^3 voxels, one voxel around it."""
-    functions = to_voxels(torch.eye(8).view(8, 8, 1, 1, 1))
-    return F.avg_pool3d(F.pad(functions, (2,) * 6), 3, stride=1).square()
-
-
-def local_mean_variance(sigma: Tensor, edge: Tensor) -> Tensor:
-    """Variance of 3^3 averages of a packed residual of independent components, exactly; no sampling. Ours.
-
-    An average is linear in the components, so its variance is the sum of their variances times the squared averages of
-    their basis functions: a transposed convolution.
+def predicted_variance(sigma: Tensor) -> Tensor:
+    """Variance of voxels of a packed residual of independent Haar bands, exactly: the mean of their variances.
 
     Args:
-        sigma: (B, 8, h, w, d) deviations in the local basis: Haar bands, single voxels where `edge` holds.
-        edge: (B, 1, h, w, d) bool.
+        sigma: (B, 8, h, w, d) deviations of the bands.
 
     Returns:
-        (B, 1, 2h, 2w, 2d), in squared units of sigma. At the border, averages reach over zeros.
+        (B, 1, 2h, 2w, 2d), in squared units of sigma.
     """
-    variance = sigma.float().square()
-    spread = [
-        F.conv_transpose3d(torch.where(where, variance, 0.0), kernels.to(variance), stride=2, padding=1)
-        for where, kernels in ((edge, _spread_kernels(depth_to_space)), (~edge, _spread_kernels(haar_unpack)))
-    ]
-    return spread[0] + spread[1]
+    return F.interpolate(sigma.float().square().mean(1, keepdim=True), scale_factor=2)
 
 
 class RunningVariance:
-    """Unbiased variance over samples that come one at a time (Welford 1962), each averaged over 3^3 voxels.
+    """Unbiased variance over samples that come one at a time (Welford 1962).
 
     Two volumes are held, however many samples come. One sample has no variance: `value` refuses it.
     """
@@ -61,14 +36,14 @@ class RunningVariance:
 
     def add(self, sample: Tensor) -> None:
         """Take one sample (B, 1, H, W, D) in HU; all must have one shape."""
-        smooth = local_mean(sample.float())
+        value = sample.float()
         self.count += 1
         if self._mean is None or self._squares is None:
-            self._mean, self._squares = smooth, torch.zeros_like(smooth)
+            self._mean, self._squares = value, torch.zeros_like(value)
             return
-        difference = smooth - self._mean
+        difference = value - self._mean
         self._mean = self._mean + difference / self.count
-        self._squares = self._squares + difference * (smooth - self._mean)
+        self._squares = self._squares + difference * (value - self._mean)
 
     def value(self) -> Tensor:
         """Variance (B, 1, H, W, D) in HU^2.

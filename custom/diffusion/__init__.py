@@ -4,10 +4,12 @@ from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.pairs import RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.training import MeasureResidual, PrepareRendering, PrepareResidualDiffusion, TrackResidual
+from custom.diffusion.training import DiffusionLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
 from custom.diffusion.transforms import (
+    AddGraind,
     AlignTemplated,
     LabelStatisticsd,
+    MeasureGraind,
     PaintPriord,
     RandPaintPriord,
     SplitNoised,
@@ -15,9 +17,12 @@ from custom.diffusion.transforms import (
 )
 
 __all__ = [
+    "AddGraind",
     "AlignTemplated",
+    "DiffusionLoss",
     "LabelStatisticsd",
-    "MeasureResidual",
+    "MeasureGraind",
+    "MomentsFirst",
     "PaintPriord",
     "PrepareRendering",
     "PrepareResidualDiffusion",
@@ -27,6 +32,5 @@ __all__ = [
     "StructDiffInferer",
     "StructDiffLoss",
     "StructDiffUNet",
-    "TrackResidual",
     "VaryContrastd",
 ]

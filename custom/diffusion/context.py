@@ -1,4 +1,4 @@
-"""What the network is told about the image it has to draw: six channels, by name."""
+"""What the network is told about the image it has to draw: four channels, by name."""
 
 from __future__ import annotations
 
@@ -17,27 +17,23 @@ IMAGE_UNIT_HU = 500.0
 
 
 class Context(NamedTuple):
-    """The channels of `context` (B, 6, H, W, D), each (B, 1, H, W, D).
+    """The channels of `context` (B, 4, H, W, D), each (B, 1, H, W, D).
 
     Attributes:
         target_label: ids; -1 everywhere without a mask.
         template_image_hu: aligned to the target; 0 without a template.
         template_label: ids; -1 everywhere without a template.
         prior_hu: what mask and template say before any network runs.
-        prior_sd_hu: standard deviation of each label in the template.
-        grain_sd_hu: noise of the template.
     """
 
     target_label: torch.Tensor
     template_image_hu: torch.Tensor
     template_label: torch.Tensor
     prior_hu: torch.Tensor
-    prior_sd_hu: torch.Tensor
-    grain_sd_hu: torch.Tensor
 
     @classmethod
     def of(cls, channels: torch.Tensor) -> Context:
-        """The channels of a tensor (B, 6, H, W, D), as views.
+        """The channels of a tensor (B, 4, H, W, D), as views.
 
         Raises:
             ValueError: on another number of axes or channels.
@@ -53,19 +49,15 @@ class Context(NamedTuple):
     def absent(cls, like: torch.Tensor) -> Context:
         """Of an image that nothing is known of, on the grid of (B, 1, H, W, D): unconditional, at a prior of 0 HU."""
         nothing, dropped = torch.zeros_like(like), torch.full_like(like, -1)
-        return cls(dropped, nothing, dropped, nothing, nothing, nothing)
+        return cls(dropped, nothing, dropped, nothing)
 
     def stacked(self) -> torch.Tensor:
-        """(B, 6, H, W, D), as the network takes it."""
+        """(B, 4, H, W, D), as the network takes it."""
         return torch.cat(self, 1)
 
     def images(self) -> torch.Tensor:
         """Template image and prior, (B, 2, H, W, D) HU."""
         return torch.cat([self.template_image_hu, self.prior_hu], 1)
-
-    def spreads(self) -> torch.Tensor:
-        """Deviations of labels and of grain, (B, 2, H, W, D) HU."""
-        return torch.cat([self.prior_sd_hu, self.grain_sd_hu], 1)
 
     def modes(self) -> torch.Tensor:
         """(B,) index into MODES, read from which label maps are absent."""

@@ -1,7 +1,7 @@
 """The formulas of the diffusion, one function each, on plain tensors.
 
-Symbols: a, s = signal and noise amplitude at time t (a^2 + s^2 = 1); x0 = clean residual; x = a x0 + s eps;
-v = a eps - s x0 (Salimans & Ho 2022, eq. in appendix D); sigma = prior standard deviation of x0.
+Symbols: a, s = signal and noise amplitude at time t (a^2 + s^2 = 1); z = standardised remainder; y = a z + s eps;
+v = a eps - s z (Salimans & Ho 2022, eq. in appendix D); psi = atan2(s, a): pi/2 is pure noise, 0 is clean.
 """
 
 from __future__ import annotations
@@ -14,39 +14,6 @@ def amplitudes(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int)
     # MONAI's `DiffusionInferer.sample` passes whole numbers as float32.
     alpha = alphas_cumprod[timesteps.long()].float().reshape(-1, *[1] * (ndim - 1))
     return alpha.sqrt(), (1 - alpha).sqrt()
-
-
-def precondition(
-    a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Analytic preconditioning of v-prediction (ours): v = c_skip x + c_out F(c_in x).
-
-    For x0 ~ N(0, sigma^2) the term c_skip x is the exact posterior mean of v and c_out the exact posterior standard
-    deviation, so F always has a unit-variance target, whatever the local scale of the residual:
-
-        c_in   = 1 / sqrt(a^2 sigma^2 + s^2)
-        c_skip = a s (1 - sigma^2) / (a^2 sigma^2 + s^2)
-        c_out  = sigma / sqrt(a^2 sigma^2 + s^2)
-
-    Args:
-        a, s: amplitudes, broadcastable to `sigma`, a^2 + s^2 = 1.
-        sigma: standard deviation of the scaled residual, > 0.
-
-    Returns:
-        c_in, c_skip, c_out, each shaped as the broadcast of the arguments.
-    """
-    variance = a**2 * sigma**2 + s**2
-    return variance.rsqrt(), a * s * (1 - sigma**2) / variance, sigma * variance.rsqrt()
-
-
-def angle(a: torch.Tensor, s: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Angle psi = atan2(s, a sigma) of the preconditioned sample y = c_in x (ours).
-
-    With z = x0 / sigma, y = cos(psi) z + sin(psi) eps: pi/2 is pure noise, 0 is clean. The probability flow is
-    dy/dpsi = F(y), with F the output of the preconditioned network.
-    """
-    s = s.expand(torch.broadcast_shapes(s.shape, sigma.shape))
-    return torch.atan2(s, a * sigma)
 
 
 def angle_step(

@@ -39,13 +39,12 @@ class RandTemplatePaird(Randomizable, Transform):
     A template of another subject would be ignored, so the template is an independently deformed copy of the target's
     own subject under the same random appearance: the only way to get the intensities right is to read it. What
     separates the two anatomies stands for what registration leaves over when a template is used on another heart. It
-    fades away from the labels: there the mask asks for nothing, and whatever an aligned template shows is right. The
-    template's own grain is replaced by surrogate grain, so that grain cannot be traced from template to target.
-    Images are read by cubic splines, which keep thin vessels and grain where linear interpolation would blur them.
+    fades away from the labels: there the mask asks for nothing, and whatever an aligned template shows is right.
+    Images are read by cubic splines, which keep thin vessels where linear interpolation would blur them.
 
-    Reads `image`, `structure`, `surrogate`, `label`, `statistics`, `grain_sd`; writes `image`, `label`,
-    `template_image`, `template_label`, `statistics` and `grain_sd` (of the template). The fields are small against
-    their length, so they do not fold and need no exponential.
+    Reads `image` (structure), `label` and `statistics`; writes `image`, `label`, `template_image`, `template_label` and
+    `statistics` (of the template). With `grain`, `scan` is the target with its own grain, to measure against. The fields
+    are small against their length, so they do not fold and need no exponential.
 
     Args:
         spacing_mm: spacing of the volumes.
@@ -59,7 +58,6 @@ class RandTemplatePaird(Randomizable, Transform):
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
         label_shift_hu: SD of a further shift of every label.
         contrast_above_hu: see there.
-        grain_gain: range of the factor on the grain.
         blur_voxels: range of an additional Gaussian blur of the structure.
 
     Raises:
@@ -72,14 +70,13 @@ class RandTemplatePaird(Randomizable, Transform):
         spacing_mm: Sequence[float],
         roi_size: Sequence[int] | None = None,
         target_amplitude_mm: float = 5.0,
-        template_amplitude_mm: Sequence[float] = (0.0, 3.0),
+        template_amplitude_mm: Sequence[float] = (0.0, 5.0),
         sigma_mm: float = 25.0,
         reach_mm: float = 12.0,
         undeformed_prob: float = 0.4,
         contrast_shift_hu: float = 70.0,
         label_shift_hu: float = 20.0,
         contrast_above_hu: float = 200.0,
-        grain_gain: Sequence[float] = (0.8, 1.3),
         blur_voxels: Sequence[float] = (0.0, 0.3),
     ) -> None:
         self.spacing_mm, self.sigma_mm = list(spacing_mm), sigma_mm
@@ -87,7 +84,7 @@ class RandTemplatePaird(Randomizable, Transform):
         self.target_amplitude_mm, self.template_amplitude_mm = target_amplitude_mm, template_amplitude_mm
         self.reach_mm, self.undeformed_prob = reach_mm, undeformed_prob
         self.contrast_shift_hu, self.label_shift_hu = contrast_shift_hu, label_shift_hu
-        self.contrast_above_hu, self.grain_gain, self.blur_voxels = contrast_above_hu, grain_gain, blur_voxels
+        self.contrast_above_hu, self.blur_voxels = contrast_above_hu, blur_voxels
 
     def randomize(self, num_labels: int) -> None:
         """Draw everything that is random about one pair."""
@@ -95,9 +92,7 @@ class RandTemplatePaird(Randomizable, Transform):
         self._amplitude_mm = float(self.R.uniform(self.template_amplitude_mm[0], self.template_amplitude_mm[1]))
         self._contrast_shift = self.R.normal(0, self.contrast_shift_hu)
         self._label_shift = self.R.normal(0, self.label_shift_hu, num_labels)
-        self._gain = float(self.R.uniform(self.grain_gain[0], self.grain_gain[1]))
         self._blur = float(self.R.uniform(self.blur_voxels[0], self.blur_voxels[1]))
-        self._roll = self.R.randint(0, 1 << 16, 3).tolist()
         self._seed = int(self.R.randint(0, 1 << 31))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -110,36 +105,29 @@ class RandTemplatePaird(Randomizable, Transform):
                 f"{tuple(self.roi_size)}; lower `roi_size` or use a larger field of view"
             )
         self.randomize(len(item["statistics"]))
-        label, surrogate = as_batch(item["label"]), as_batch(item["surrogate"]) * self._gain
+        label = as_batch(item["label"])
         shifts, shift = self._shifts(label, item["statistics"])
-        structure = self._blurred(as_batch(item["structure"]) + shifts)
-        grain = as_batch(item["image"]) - as_batch(item["structure"])
-        scanned = structure + grain * self._gain
+        structure = self._blurred(as_batch(item["image"]) + shifts)
         target_at, template_at = self._coordinates(label)
         roi = self.roi_size or size
         centre = [slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, roi, strict=True)]
         where = crop(template_at, centre)
-        template = sample_cubic(structure, where) + crop(torch.roll(surrogate, self._roll, (2, 3, 4)), centre)
-        template_label = sample(label, where, mode="nearest")
-        if self._deformed:
-            image, target_label = (
-                sample_cubic(scanned, crop(target_at, centre)),
-                sample_labels(label, crop(target_at, centre)),
-            )
-        else:
-            image, target_label = crop(scanned, centre), crop(label, centre)
-        statistics = label_statistics(scanned, label, len(shift))
+
+        def target(volume: torch.Tensor) -> torch.Tensor:
+            return sample_cubic(volume, crop(target_at, centre)) if self._deformed else crop(volume, centre)
+
+        target_label = sample_labels(label, crop(target_at, centre)) if self._deformed else crop(label, centre)
+        scan = {"scan": target(structure + as_batch(item.pop("grain")))[0]} if "grain" in item else {}
+        statistics = label_statistics(structure, label, len(shift))
         fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
-        for key in ("structure", "surrogate"):
-            item.pop(key)
         return {
             **item,
-            "image": image[0],
+            **scan,
+            "image": target(structure)[0],
             "label": target_label[0],
-            "template_image": template[0],
-            "template_label": template_label[0],
+            "template_image": sample_cubic(structure, where)[0],
+            "template_label": sample(label, where, mode="nearest")[0],
             "statistics": torch.where(statistics.isfinite(), statistics, fallback),
-            "grain_sd": float(item["grain_sd"]) * self._gain,
         }
 
     def _shifts(self, label: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.networks.layers import GaussianFilter
 from torch.nn import functional as F
 
-_BACKGROUND_SIGMA_VOXELS = 0.8  # ours: takes most of the grain and leaves lung vessels
-_BORDER_VOXELS = 4  # more than that Gaussian reaches, which MONAI cuts at four deviations
 _SOFT_TISSUE_HU = (-300.0, 150.0)  # from fat with partial volume to muscle and unenhanced blood
 
 
@@ -39,7 +36,7 @@ def fill_holes(image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def template_background(template_hu: torch.Tensor, template_label: torch.Tensor) -> torch.Tensor:
-    """The template without its heart and without its grain.
+    """The template without its heart.
 
     Args:
         template_hu, template_label: (B, 1, H, W, D), aligned to the target.
@@ -52,32 +49,22 @@ def template_background(template_hu: torch.Tensor, template_label: torch.Tensor)
     outside = F.max_pool3d((template_label > 0).float(), 3, 1, 1) == 0
     low, high = _SOFT_TISSUE_HU
     source = outside & (template_hu > low) & (template_hu < high)
-    filled = torch.where(outside, template_hu, fill_holes(template_hu, source if bool(source.any()) else outside))
-    # The filter pads with zeros: without the border repeated, air next to it would read -650 HU.
-    padded = F.pad(filled, (_BORDER_VOXELS,) * 6, mode="replicate")
-    inside = (..., *[slice(_BORDER_VOXELS, -_BORDER_VOXELS)] * 3)
-    return GaussianFilter(3, _BACKGROUND_SIGMA_VOXELS)(padded)[inside]
+    return torch.where(outside, template_hu, fill_holes(template_hu, source if bool(source.any()) else outside))
 
 
-def paint_prior(
-    target_label: torch.Tensor, statistics: torch.Tensor, background_hu: torch.Tensor, background_sd_hu: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Paint label means and standard deviations on a target mask.
+def paint_prior(target_label: torch.Tensor, means: torch.Tensor, background_hu: torch.Tensor) -> torch.Tensor:
+    """Paint label means on a target mask.
 
     Args:
         target_label: (B, 1, H, W, D) ids.
-        statistics: (num_labels, 2) HU, finite; row 0 is not used.
+        means: (num_labels,) HU, finite; entry 0 is not used.
         background_hu: (B, 1, H, W, D).
-        background_sd_hu: standard deviation written outside the labels.
 
     Returns:
-        prior and standard deviation, each (B, 1, H, W, D) HU.
+        (B, 1, H, W, D) HU.
     """
     ids = target_label.long()
-    table = statistics.to(target_label.device)
-    prior = torch.where(ids > 0, table[:, 0][ids.clamp(min=0)], background_hu)
-    sd = torch.where(ids > 0, table[:, 1][ids.clamp(min=0)], torch.full_like(prior, background_sd_hu))
-    return prior, sd
+    return torch.where(ids > 0, means.to(target_label.device)[ids.clamp(min=0)], background_hu)
 
 
 def fitted_template(

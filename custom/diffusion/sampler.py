@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
-from custom.diffusion.formulas import amplitudes, angle, angle_step
-from custom.diffusion.moments import from_local, label_edges, to_local
+from custom.diffusion.formulas import angle_step
 from custom.diffusion.network import Condition, StructDiffUNet
+from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from tqdm import tqdm
-
-
-def case_noise(shape: Sequence[int], seed: int, case: str) -> torch.Tensor:
-    """Standard normal noise of one case, from seed, case name and shape alone, not batch, order, rank or device."""
-    # One 32-bit number from both: a CPU generator ignores the upper half of its seed.
-    digest = hashlib.sha256(f"{seed}:{case}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    return torch.randn(tuple(shape), generator=generator)
 
 
 def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
@@ -49,7 +40,6 @@ class _Encoded(NamedTuple):
     condition: Callable[[int], Condition]
     mean: torch.Tensor
     sigma: torch.Tensor
-    edge: torch.Tensor
 
 
 def _packed(window: Sequence[slice]) -> tuple[slice, ...]:
@@ -90,6 +80,8 @@ class StructDiffInferer(Inferer):
 
     Args:
         timesteps: descending times of the network calls, or a number of evenly spaced ones.
+        sample_strength: how much of the drawn remainder is added to the predicted mean: 0 is the mean, without a call
+            of the U-Net, 1 a full sample.
         roi_size: window; None renders the whole volume at once.
         overlap: fraction of a window shared with the next.
         seed: with the case name, the only source of randomness.
@@ -105,10 +97,11 @@ class StructDiffInferer(Inferer):
         self,
         timesteps: Sequence[int] | int = 10,
         *,
+        sample_strength: float = 1.0,
         roi_size: Sequence[int] | None = None,
         overlap: float = 0.4,
         seed: int = 0,
-        hu_range: Sequence[float] = (-1024.0, 3071.0),
+        hu_range: Sequence[float] = HU_RANGE,
         cached_windows: int = 64,
         progress: bool = False,
     ) -> None:
@@ -117,6 +110,9 @@ class StructDiffInferer(Inferer):
             raise ValueError(f"roi_size: windows must have positive even sizes, got {list(roi_size)}")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: must be in [0, 1), got {overlap}")
+        if not 0 <= sample_strength <= 1:
+            raise ValueError(f"sample_strength: must be between 0 (the mean) and 1 (a full sample), got {sample_strength}")
+        self.sample_strength = sample_strength
         self.timesteps, self.roi_size = listed_timesteps(timesteps), roi_size
         self.overlap, self.seed, self.hu_range = overlap, seed, hu_range
         self.cached_windows, self.progress = cached_windows, progress
@@ -128,7 +124,7 @@ class StructDiffInferer(Inferer):
         """Render a batch.
 
         Args:
-            inputs: context (B, 6, H, W, D).
+            inputs: context (B, 4, H, W, D).
             network: in evaluation mode.
             cases: name of every sample, which fixes its noise.
 
@@ -154,8 +150,11 @@ class StructDiffInferer(Inferer):
         size = tuple(context.shape[2:])
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
         encoded = self._encode(context, network)
-        residual = self._denoise(pad_to_multiple(noise, 2), encoded, network, times)
-        rendered = self._to_hu(residual, context)
+        residual = encoded.mean
+        if self.sample_strength > 0:
+            drawn = self._remainder(haar_pack(pad_to_multiple(noise, 2)), encoded, network, times)
+            residual = residual + self.sample_strength * encoded.sigma * drawn
+        rendered = self._to_hu(haar_unpack(residual), context)
         if bad := [case for case, volume in zip(cases, rendered, strict=True) if not bool(volume.isfinite().all())]:
             raise ValueError(
                 f"{', '.join(bad)}: the rendering is NaN or infinite, so the weights are not sound; use another "
@@ -189,28 +188,24 @@ class StructDiffInferer(Inferer):
             return crop_to(both, [axis.stop - axis.start for axis in packed[index]])
 
         mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
-        return _Encoded(packed, grid, condition, mean, log_sigma.exp(), label_edges(Context.of(context).target_label))
+        return _Encoded(packed, grid, condition, mean, log_sigma.exp())
 
-    def _denoise(
+    def _remainder(
         self, noise: torch.Tensor, encoded: _Encoded, network: StructDiffUNet, times: Sequence[int]
     ) -> torch.Tensor:
-        """Scaled residual of a batch of even size: the probability flow in the preconditioned angle, noise to image."""
-        packed, grid, condition, mean, sigma, edge = encoded
+        """Standardised remainder (B, 8, h, w, d) of packed noise: the probability flow in the angle, noise to image."""
+        packed, grid, condition, *_ = encoded
 
         def flow(bands: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
             return network.flow(crop(bands, packed[index]), timesteps, condition(index).features)
 
-        y, previous = to_local(haar_pack(noise), edge), None
+        y, previous = noise, None
         alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image
         for t, following in tqdm(
             list(zip(times, [*times[1:], -1], strict=True)), desc="rendering", disable=not self.progress, leave=False
         ):
             timesteps = torch.full((len(noise),), t, dtype=torch.long, device=noise.device)
-            now, then = (
-                angle(*amplitudes(alphas, torch.full_like(timesteps, time), y.ndim), sigma) for time in (t, following)
-            )
-
-            bands = from_local(y, edge)
-            f = to_local(blended(partial(flow, bands, timesteps), packed, grid), edge)
+            now, then = (alphas[time].clamp(0, 1).sqrt().arccos() for time in (t, following))
+            f = blended(partial(flow, y, timesteps), packed, grid)
             y, previous = angle_step(y, f, then - now, previous), (f, then - now)
-        return haar_unpack(mean + from_local(sigma * y, edge))
+        return y

@@ -1,37 +1,31 @@
-"""How a batch becomes a problem of training or rendering, and what is measured before and while training."""
+"""How a batch becomes a problem of training or rendering, and what is measured of the diffusion while training."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import torch
-from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
-from custom.diffusion.formulas import amplitudes
-from custom.diffusion.loss import centred_residual
-from custom.diffusion.moments import MIN_SIGMA, SD_OVER_MEAN_ABSOLUTE, ResidualMoments, label_edges, to_local
-from custom.diffusion.network import StructDiffUNet
+from custom.diffusion.context import RESIDUAL_UNIT_HU
+from custom.diffusion.loss import label_edges
+from custom.diffusion.network import Prediction, StructDiffUNet
+from custom.diffusion.noise import case_noise
 from custom.volumes.grids import crop_to, on_device, pad_to_multiple
-from custom.volumes.haar import haar_pack
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents, PrepareBatch
-from monai.utils import CommonKeys as Keys
-
-logger = logging.getLogger(__name__)
 
 
 def scaled_residual(
     batch: dict[str, Any], device: Any, non_blocking: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled residual (B, 1, H, W, D) and context (B, 6, H, W, D) of a batch, on the device."""
+    """Scaled residual (B, 1, H, W, D) and context (B, 4, H, W, D) of a batch, on the device."""
     image, prior, context = (on_device(batch, key, device, non_blocking) for key in ("image", "prior", "context"))
     return (image - prior) / RESIDUAL_UNIT_HU, context
 
 
 class PrepareResidualDiffusion(PrepareBatch):
-    """Batch -> (noisy residual, targets of `StructDiffLoss`) for MONAI's `SupervisedTrainer` with `SimpleInferer`.
+    """Batch -> (noise, targets of `StructDiffLoss`) for MONAI's `SupervisedTrainer` with `SimpleInferer`.
 
     Args:
         network: the bare network, whose schedule is that of the noise.
@@ -43,26 +37,18 @@ class PrepareResidualDiffusion(PrepareBatch):
     def __call__(
         self, batchdata: dict[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, Any]]:
-        """Draw noise and times from the global generator of the device; x = a x0 + s eps, v = a eps - s x0."""
+        """Draw noise and times from the global generator of the device."""
         residual, context = scaled_residual(batchdata, device, non_blocking)
         noise = torch.randn_like(residual)
-        alphas = self.network.alphas_cumprod.to(residual.device)
-        timesteps = torch.randint(0, len(alphas), (len(residual),), device=residual.device)
-        a, s = amplitudes(alphas, timesteps, residual.ndim)
-        targets = {
-            "velocity": a * noise - s * residual,
-            "residual": residual,
-            "label": on_device(batchdata, "label", device, non_blocking),
-            "context": context,
-            "image": on_device(batchdata, "image", device, non_blocking),
-        }
-        return a * residual + s * noise, targets, (timesteps, context), {"with_moments": True}
+        timesteps = torch.randint(0, len(self.network.alphas_cumprod), (len(residual),), device=residual.device)
+        targets = {"residual": residual, "label": on_device(batchdata, "label", device, non_blocking)}
+        return noise, targets, (timesteps, context), {"residual": residual}
 
 
 class PrepareRendering(PrepareBatch):
     """Batch -> (context, truth) for MONAI's `SupervisedEvaluator` with `StructDiffInferer`.
 
-    The truth is (B, 2, H, W, D), image in HU and target label; in pure inference it is the label map as it came.
+    The truth is (B, 2, H, W, D), `scan` in HU and target label; in pure inference it is the label map as it came.
     """
 
     def __call__(
@@ -71,103 +57,80 @@ class PrepareRendering(PrepareBatch):
         """Pass case names on, so that every case keeps its own noise."""
         context = on_device(batchdata, "context", device, non_blocking)
         truth = batchdata["label"]
-        if "image" in batchdata:
-            truth = torch.cat([on_device(batchdata, key, device, non_blocking) for key in ("image", "label")], 1)
+        if "scan" in batchdata:
+            truth = torch.cat([on_device(batchdata, key, device, non_blocking) for key in ("scan", "label")], 1)
         return context, truth, (), {"cases": list(batchdata["case"])}
 
 
-def residual_sigma(batches: Iterable[dict[str, Any]], moments: ResidualMoments, device: torch.device) -> torch.Tensor:
-    """Deviation of the packed residual in its local basis and unit, by its mean absolute value (robust).
+class MomentsFirst:
+    """Train the moments alone in the first epochs: the remainder, which the diffusion learns, is made by them.
 
     Args:
-        batches: training batches.
-        moments: gives the shape of the table.
-        device: where to measure.
-
-    Returns:
-        (modes, regions, 8) float32, at least MIN_SIGMA; cells that no voxel fell into keep 1.
-    """
-    sums, count = torch.zeros(2, *moments.table.shape, dtype=torch.float64, device=device)
-    for batch in batches:
-        residual, channels = (pad_to_multiple(part, 2) for part in scaled_residual(batch, device))
-        context = Context.of(channels)
-        cell, unit = moments.cells(context)
-        local = to_local(haar_pack(residual), label_edges(context.target_label))
-        more = moments.absolute_sums(local / unit, cell)
-        sums, count = sums + more[0], count + more[1]
-    sums, count = (torch.as_tensor(idist.all_reduce(part)) for part in (sums, count))
-    measured = (SD_OVER_MEAN_ABSOLUTE * sums / count).clamp(min=MIN_SIGMA)
-    return torch.where(count > 0, measured, torch.ones_like(measured)).float()
-
-
-class MeasureResidual:
-    """Measure the residual's standard deviations before the first epoch; a resumed run keeps those it loaded.
-
-    Attach after :class:`Resume`.
-
-    Args:
-        network: the bare network to set.
-        shadow: its EMA copy, set as well.
-        data_loader: training batches.
-        batches: how many batches to measure.
-        device: where to measure.
+        network: the bare network.
+        epochs: so many.
     """
 
-    def __init__(
-        self,
-        network: StructDiffUNet,
-        shadow: StructDiffUNet,
-        data_loader: Iterable[dict[str, Any]],
-        *,
-        batches: int,
-        device: torch.device,
-    ) -> None:
-        self.network, self.shadow, self.data_loader = network, shadow, data_loader
-        self.batches, self.device = batches, torch.device(device)
+    def __init__(self, network: StructDiffUNet, *, epochs: int) -> None:
+        self.network, self.epochs = network, epochs
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def _some(self) -> Iterable[dict[str, Any]]:
-        remaining = self.batches
-        while remaining > 0:
-            for batch in self.data_loader:
-                yield batch
-                remaining -= 1
-                if remaining == 0:
-                    return
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Measure unless training was resumed."""
-        if engine.state.epoch > 0:
-            return
-        sigma = residual_sigma(self._some(), self.network.moments, self.device)
-        for network in (self.network, self.shadow):
-            network.moments.set_table(sigma)
-        logger.info("residual sigma (mode, region, low-pass and highest band): %s", sigma[..., [0, 7]].tolist())
+        """Switch."""
+        self.network.moments_only = engine.state.epoch <= self.epochs
 
 
-class TrackResidual:
-    """Let the measured deviations follow the mean, which explains ever more of the residual, after every iteration.
+class DiffusionLoss:
+    """What the U-Net explains of the remainder on held-out cases, as metrics of an evaluation.
+
+    Adds "remaining_edge_<t>" and "remaining_elsewhere_<t>" for each time: the squared velocity error over that without
+    the U-Net (F = 0), where labels meet and elsewhere; 1 is a U-Net that knows nothing. Noise is drawn from the names
+    of the cases.
 
     Args:
-        network: the bare network, whose table moves once it is measured.
+        network: in evaluation mode, when the evaluator runs.
+        device: where to run it.
+        timesteps: of the schedule.
     """
 
-    def __init__(self, network: StructDiffUNet) -> None:
-        self.network = network
+    def __init__(
+        self, network: StructDiffUNet, *, device: Any = None, timesteps: Sequence[int] = (200, 400, 600, 800)
+    ) -> None:
+        self.network, self.device, self.timesteps = network, device, list(timesteps)
+        self._sums: dict[str, torch.Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer of :class:`PrepareResidualDiffusion`."""
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        """Attach to an evaluator whose batches hold `image` (structure), `prior`, `context`, `label` and `case`."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def reset(self, engine: Engine) -> None:
+        """Forget earlier epochs."""
+        self._sums = {}
 
     @torch.no_grad()
-    def __call__(self, engine: Engine) -> None:
-        """Follow one batch."""
-        if not bool(self.network.moments.measured):
-            return
-        prediction, target = (engine.state.output[key] for key in (Keys.PRED, Keys.LABEL))  # type: ignore[index]
-        centred = centred_residual(prediction, target["residual"])
-        sigma = crop_to(prediction.sigma, centred.shape[2:])
-        self.network.moments.track(centred / sigma, Context.of(pad_to_multiple(target["context"], 2)))
+    def collect(self, engine: Engine) -> None:
+        """Add one batch."""
+        batch = engine.state.batch
+        residual, context = scaled_residual(batch, self.device)  # type: ignore[arg-type]
+        edge = label_edges(pad_to_multiple(on_device(batch, "label", self.device), 2))  # type: ignore[arg-type]
+        noise = torch.stack([case_noise(residual.shape[1:], 0, case) for case in batch["case"]])  # type: ignore[index]
+        for t in self.timesteps:
+            times = torch.full((len(residual),), t, dtype=torch.int64, device=residual.device)
+            self._add(t, self.network(noise.to(residual), times, context, residual), edge)
+
+    def _add(self, t: int, prediction: Prediction, edge: torch.Tensor) -> None:
+        velocity, wanted = (crop_to(part, edge.shape[2:]) for part in (prediction.velocity, prediction.wanted))
+        for name, where in (("edge", edge), ("elsewhere", ~edge)):
+            squares = [(part.square() * where).sum(dtype=torch.float64) for part in (velocity - wanted, wanted)]
+            key = f"remaining_{name}_{t}"
+            self._sums[key] = self._sums.get(key, 0) + torch.stack(squares)
+
+    def write(self, engine: Engine) -> None:
+        """Add the metrics."""
+        for key, sums in self._sums.items():
+            with_network, without = torch.as_tensor(idist.all_reduce(sums)).tolist()
+            engine.state.metrics[key] = with_network / without

@@ -9,12 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from custom.diffusion.context import MODES, Context
+from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
 from custom.geometry.deformation import sample
 from custom.geometry.registration import template_coordinates
 from custom.runs.files import content_hash
 from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
-from custom.volumes.intensity import label_statistics, noise_sd, split_noise, surrogate_grain
+from custom.volumes.intensity import (
+    draw_grain,
+    grain_kernel,
+    label_statistics,
+    local_sd,
+    noise_sd,
+    split_noise,
+    with_grain,
+)
 from custom.volumes.reading import file_of
 from monai.networks.layers import GaussianFilter
 from monai.transforms import Randomizable, Transform
@@ -24,20 +33,95 @@ _PSF_SIGMA_VOXELS = 0.5  # ours: the edge of a changed label is about as soft as
 
 
 class SplitNoised(Transform):
-    """Add `structure`, the image without its grain, and `surrogate`, grain to put on it; needs `image`, `label`."""
+    """Split an image into structure, which takes its place, and `grain`.
+
+    Args:
+        image_key, label_key: a pair on one grid, (1, H, W, D).
+    """
+
+    def __init__(self, image_key: str = "image", label_key: str = "label") -> None:
+        self.image_key, self.label_key = image_key, label_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Split `image` (1, H, W, D)."""
-        item = dict(data)
-        image, label = as_batch(item["image"])[0, 0].numpy(), as_batch(item["label"])[0, 0].numpy()
-        structure, grain = split_noise(image, label)
-        for key, volume in (("structure", structure), ("surrogate", surrogate_grain(grain, label))):
-            item[key] = on_grid_of(torch.from_numpy(volume)[None, None], item["image"])
-        return item
+        """Split one item."""
+        image, label = (as_batch(data[key])[0, 0].numpy() for key in (self.image_key, self.label_key))
+        structure, grain = (
+            on_grid_of(torch.from_numpy(part)[None, None], data[self.image_key]) for part in split_noise(image, label)
+        )
+        return {**data, self.image_key: structure, "grain": grain}
+
+
+class MeasureGraind(Transform):
+    """Measure what it takes to draw more grain like that of a scan, see `custom.volumes.intensity.with_grain`.
+
+    Reads what :class:`SplitNoised` made; adds `grain_kernel` (1, 17, 17, 17), `grain_sd` (1, H, W, D) HU and `noise_sd`,
+    of the scan, in HU.
+
+    Args:
+        image_key, label_key: as there.
+    """
+
+    def __init__(self, image_key: str = "image", label_key: str = "label") -> None:
+        self.image_key, self.label_key = image_key, label_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Measure one item."""
+        image, grain, label = (as_batch(data[k])[0, 0].numpy() for k in (self.image_key, "grain", self.label_key))
+        return {
+            **data,
+            "grain_kernel": torch.from_numpy(grain_kernel(grain, label))[None],
+            "grain_sd": on_grid_of(torch.from_numpy(local_sd(grain, label))[None, None], data["grain"]),
+            "noise_sd": noise_sd(image + grain, label),
+        }
+
+
+class AddGraind(Transform):
+    """Put the template's grain on a rendered structure: its spectrum, its strength in every place, new phases.
+
+    Needs `label` and `case`, and of the template, carried to the target, what :class:`MeasureGraind` adds.
+
+    Args:
+        key: the structure (1, H, W, D) HU, which becomes the image.
+        factor: of the noise, 1 as the template, 0 none.
+        seed: of the phases, which depend on it and the case alone.
+        hu_range: limits of the image.
+        structure_key: keeps the structure under another name; None drops it.
+
+    Raises:
+        ValueError: for a negative factor.
+    """
+
+    def __init__(
+        self,
+        key: str = "pred",
+        *,
+        factor: float = 1.0,
+        seed: int = 0,
+        hu_range: Sequence[float] = HU_RANGE,
+        structure_key: str | None = None,
+    ) -> None:
+        if factor < 0:
+            raise ValueError(f"grain: must be 0 (none) or more, 1 for that of the template, got {factor}")
+        self.key, self.factor, self.seed = key, factor, seed
+        self.hu_range, self.structure_key = tuple(hu_range), structure_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Put grain on one item."""
+        structure, label, strength = (as_batch(data[k])[0, 0].cpu().numpy() for k in (self.key, "label", "grain_sd"))
+        white = case_noise(structure.shape, self.seed, f"grain of {data['case']}").numpy()
+        image = with_grain(
+            structure,
+            label,
+            unit_grain=draw_grain(as_batch(data["grain_kernel"])[0, 0].cpu().numpy(), white),
+            local_sd_hu=strength,
+            noise_sd_hu=self.factor * float(data["noise_sd"]),
+        ).clip(*self.hu_range)
+        kept = {} if self.structure_key is None else {self.structure_key: data[self.key]}
+        return {**data, self.key: on_grid_of(torch.from_numpy(image)[None, None], data[self.key]), **kept}
 
 
 class LabelStatisticsd(Transform):
-    """Add `statistics` (num_labels, 2): mean and sd in HU of every label, NaN where absent, and `grain_sd` in HU.
+    """Add `statistics` (num_labels, 2): mean and sd in HU of every label, NaN where absent.
 
     Args:
         image_key, label_key: a pair on one grid.
@@ -50,8 +134,7 @@ class LabelStatisticsd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Measure one item."""
         image, label = as_batch(data[self.image_key]), as_batch(data[self.label_key])
-        statistics = label_statistics(image, label, self.num_labels)
-        return {**data, "statistics": statistics, "grain_sd": noise_sd(image[0, 0].numpy(), label[0, 0].numpy())}
+        return {**data, "statistics": label_statistics(image, label, self.num_labels)}
 
 
 def shift_labels(label: torch.Tensor, shift_hu: torch.Tensor) -> torch.Tensor:
@@ -126,7 +209,7 @@ class AlignTemplated(Transform):
     """Carry `template_image` and `template_label` onto the grid and anatomy of the target mask `label`, training-free.
 
     Centroid and extent of the heart first, then a diffeomorphic registration of the label maps, applied with one
-    interpolation. Both must already have the orientation and spacing of the target.
+    interpolation. Both must already have the orientation and spacing of the target. `grain_sd` is carried along.
 
     Args:
         labels: ids that drive the alignment; leave tubular labels out.
@@ -155,13 +238,14 @@ class AlignTemplated(Transform):
         )
         item["template_image"] = on_grid_of(sample_cubic(as_batch(item["template_image"]), where), item["label"])
         item["template_label"] = on_grid_of(sample(template_label, where, mode="nearest"), item["label"])
+        item["grain_sd"] = on_grid_of(sample(as_batch(item["grain_sd"]), where), item["label"])
         return item
 
 
 class PaintPriord(Transform):
-    """Add `prior` (1, H, W, D) HU and `context` (6, H, W, D), the channels of :class:`Context`.
+    """Add `prior` (1, H, W, D) HU and `context` (4, H, W, D), the channels of :class:`Context`.
 
-    Needs `label`, `template_image`, `template_label` on one grid, `statistics` and `grain_sd` of the template.
+    Needs `label`, `template_image`, `template_label` on one grid, and `statistics` of the template.
 
     Args:
         nominal_hu: plausible mean HU of every label, background first; paints what no template tells.
@@ -196,23 +280,21 @@ class PaintPriord(Transform):
         none = torch.full_like(label, -1)
         flat = torch.full_like(label, self.nominal_hu[0])
         target, template, template_label = label, torch.zeros_like(label), none
-        prior, sd = flat, torch.zeros_like(label)
+        prior = flat
         if mode == "template":
             template, template_label = as_batch(data["template_image"]), as_batch(data["template_label"])
         if mode == "template" and self.use_prior:
             background = template_background(template, template_label)
-            prior, sd = paint_prior(label, self._statistics(data, label), background, float(data["grain_sd"]))
+            prior = paint_prior(label, self._means(data, label), background)
             template = fitted_template(template, template_label, label, prior, self.thin_labels)
         elif mode == "mask_only" and self.use_prior:
-            table = torch.tensor(self.nominal_hu)[:, None].expand(-1, 2) * torch.tensor([1.0, 0.0])
-            prior, sd = paint_prior(label, table, flat, 0.0)
+            prior = paint_prior(label, torch.tensor(self.nominal_hu), flat)
         elif mode == "unconditional":
             target = none
-        grain = torch.full_like(label, float(data["grain_sd"]) if mode == "template" else 0.0)
-        context = Context(target, template, template_label, prior, sd, grain).stacked()
+        context = Context(target, template, template_label, prior).stacked()
         return {**data, "prior": on_grid_of(prior, data["label"]), "context": on_grid_of(context, data["label"])}
 
-    def _statistics(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:
+    def _means(self, data: Mapping[Hashable, Any], label: torch.Tensor) -> torch.Tensor:
         table, absent = complete_statistics(data["statistics"], self.nominal_hu)
         missing = sorted(set(absent) & set(label.unique().long().tolist()) - {0})
         if missing:
@@ -221,7 +303,7 @@ class PaintPriord(Transform):
                 file_of(data["label"]),
                 missing,
             )
-        return table
+        return table[:, 0]
 
 
 class RandPaintPriord(PaintPriord, Randomizable):

@@ -21,6 +21,7 @@ from custom.evaluation.distances import (
     ms_ssim,
     standardised,
 )
+from custom.evaluation.realism import draw_patches, edge_speckle, interior_spectrum, spectrum_ratio, two_sample_auc
 from custom.runs.files import plain_values, read_json, write_json
 from custom.runs.tracking import log_run
 from custom.volumes.cases import check_files
@@ -39,7 +40,16 @@ Case = Mapping[str, Any]
 Features = Callable[[NDArray, NDArray], NDArray]
 _THUMBNAIL = 16  # voxels a side, ours: shows pose and habitus, which is enough to choose whom to compare
 _SHIFTS = 10  # ours: so many features are listed
+_PATCHES = 24  # of a case, ours: some two for each label
 _LIMITS = ("local_correlation", "template_copy")
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What realism needs to know of the label map."""
+
+    number: int
+    homogeneous: Sequence[int]
 
 
 @dataclass
@@ -49,6 +59,9 @@ class _Volumes:
     images: list[str]
     features: NDArray[np.float64]
     thumbnails: NDArray[np.float64]
+    speckle: NDArray[np.float64]
+    spectra: NDArray[np.float64]
+    patches: list[torch.Tensor]
     folder: Path
 
     def __len__(self) -> int:
@@ -64,13 +77,20 @@ class _Volumes:
         return np.argsort(-self.thumbnails @ thumbnail, kind="stable")[:count].tolist()
 
 
-def _gather(cases: Sequence[Case], read: Callable[[Case], Case], features: Features, folder: Path) -> _Volumes:
+def _gather(
+    cases: Sequence[Case], read: Callable[[Case], Case], features: Features, labels: _Labels, seed: int, folder: Path
+) -> _Volumes:
     folder.mkdir()
     vectors, thumbnails = [], []
+    speckle, spectra, patches = [], [], []
     for index, case in enumerate(tqdm(cases, desc=f"{folder.name} cases read", leave=False)):
         item = read({key: case[key] for key in ("image", "label", mapped_key("label")) if key in case})
         image, label, view, inside = (np.asarray(item[k])[0] for k in ("image", "label", "view", "inside"))
-        vectors.append(np.asarray(features(image, label.round().astype(np.int64)), dtype=np.float64).ravel())
+        ids = label.round().astype(np.int64)
+        vectors.append(np.asarray(features(image, ids), dtype=np.float64).ravel())
+        speckle.append(edge_speckle(image, ids))
+        spectra.append(interior_spectrum(image, ids, labels.homogeneous))
+        patches.append(draw_patches(image, ids, count=_PATCHES, num_labels=labels.number, seed=seed + index))
         if len(vectors[-1]) != len(vectors[0]):
             raise ValueError(
                 f"features: all cases must give equally many, got {len(vectors[0])}, and {len(vectors[-1])} of "
@@ -79,7 +99,9 @@ def _gather(cases: Sequence[Case], read: Callable[[Case], Case], features: Featu
         small = F.adaptive_avg_pool3d(torch.as_tensor(view)[None], _THUMBNAIL).numpy().ravel().astype(np.float64)
         thumbnails.append((small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-9))
         np.savez(folder / str(index), view=view.astype(np.float16), heart=inside > 0)
-    return _Volumes([str(case["image"]) for case in cases], np.array(vectors), np.array(thumbnails), folder)
+    images = [str(case["image"]) for case in cases]
+    arrays = [np.array(values) for values in (vectors, thumbnails, speckle, spectra)]
+    return _Volumes(images, *arrays, patches, folder)
 
 
 def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:
@@ -130,6 +152,15 @@ def _feature_measures(scaled: Sequence[NDArray], seed: int) -> dict[str, Any]:
             "distance_ratio_of_held_out": _quantiles(distance_ratios(held_out, training, held_out)),
             "copying_p_value": copying_p_value(synthetic, training, held_out),
         },
+    }
+
+
+def _realism(made: _Volumes, real: _Volumes, *, steps: int, seed: int) -> dict[str, Any]:
+    """What tells one set from another: speckle at edges, spectrum inside labels, and a network's answer."""
+    return {
+        "edge_speckle_ratio": float(np.nanmean(made.speckle) / np.nanmean(real.speckle)),
+        "spectrum_ratio": spectrum_ratio(made.spectra, real.spectra),
+        "two_sample_auc": two_sample_auc(made.patches, real.patches, steps=steps, seed=seed),
     }
 
 
@@ -213,6 +244,9 @@ def measure_set(
     read: Callable[[Case], Case],
     features: Features,
     feature_names: Sequence[str] | None,
+    num_labels: int,
+    homogeneous_labels: Sequence[int],
+    classifier_steps: int,
     limits: Mapping[str, float],
     max_pairs: int,
     candidates: int,
@@ -233,6 +267,9 @@ def measure_set(
             on a grid that all cases share `view`, the image in [0, 1], and `inside`, the label.
         features: image and label (H, W, D) -> vector, as long for every case.
         feature_names: of the vector's entries; None numbers them.
+        num_labels: label ids 0 to num_labels - 1.
+        homogeneous_labels: ids inside which the spectrum is measured.
+        classifier_steps: of training the network that is asked to tell rendered from real patches.
         limits: of "local_correlation" and "template_copy"; above, a case is a near duplicate.
         max_pairs: so many pairs at most are compared for diversity, in the synthetic and in the training set.
         candidates: so many training cases, those that look most like a synthetic one, are searched for copies, and its
@@ -249,13 +286,14 @@ def measure_set(
         ValueError: on fewer than two synthetic, training or held-out cases, an unknown limit, or features of different
             number.
     """
+    labels = _Labels(num_labels, homogeneous_labels)
     root, rng = Path(output_dir), np.random.default_rng(seed)
     records = [read_json(root / case["record"], "run `synthesizing` again, which writes it anew") for case in synthetic]
     real_cases = _with_templates(training, records)
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:
         made, real, other = (
-            _gather(cases, read, features, Path(scratch) / name)
+            _gather(cases, read, features, labels, seed, Path(scratch) / name)
             for name, cases in (("synthetic", synthetic), ("training", real_cases), ("held_out", held_out))
         )
         all_real = np.concatenate([real.features, other.features])
@@ -265,6 +303,10 @@ def measure_set(
         measures = {
             "cases": {"synthetic": len(made), "training": len(real), "held_out": len(other)},
             **_feature_measures(scaled, seed),
+            "realism": {
+                "synthetic_training": _realism(made, real, steps=classifier_steps, seed=seed),
+                "held_out_training": _realism(other, real, steps=classifier_steps, seed=seed),
+            },
             "largest_shifts": _largest_shifts(made.features, all_real, feature_names),
             "ms_ssim": {"synthetic": _diversity(made, max_pairs, rng), "training": _diversity(real, max_pairs, rng)},
             "local_correlation": {

@@ -6,6 +6,7 @@ from custom.runs.options import check_command_line, check_options
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import LogToMLFlow, tracking_store
 from custom.runs.weights import (
+    ClipGradients,
     KeepBest,
     KeepLast,
     LoadWeights,
@@ -16,6 +17,7 @@ from custom.runs.weights import (
 )
 
 __all__ = [
+    "ClipGradients",
     "KeepBest",
     "KeepLast",
     "LoadWeights",

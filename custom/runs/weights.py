@@ -173,6 +173,26 @@ class RefuseDivergence:
         )
 
 
+class ClipGradients:
+    """Limit the norm of all gradients together before each step, so that one wild batch cannot undo an epoch.
+
+    Args:
+        network: whose gradients are clipped.
+        max_norm: largest norm; larger ones are scaled down to it.
+    """
+
+    def __init__(self, network: torch.nn.Module, *, max_norm: float) -> None:
+        self.network, self.max_norm = network, max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Clip."""
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
 class KeepBest:
     """Write the weights of the best validation epoch, atomically, under one name. Its score is part of the run's state.
 
