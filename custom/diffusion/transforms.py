@@ -18,9 +18,9 @@ from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
 from custom.volumes.intensity import (
     draw_grain,
     grain_kernel,
+    interior_noise_sd,
     label_statistics,
     local_sd,
-    noise_sd,
     split_noise,
     with_grain,
 )
@@ -71,7 +71,7 @@ class MeasureGraind(Transform):
             **data,
             "grain_kernel": torch.from_numpy(grain_kernel(grain, label))[None],
             "grain_sd": on_grid_of(torch.from_numpy(local_sd(grain, label))[None, None], data["grain"]),
-            "noise_sd": noise_sd(image + grain, label),
+            "noise_sd": interior_noise_sd(image + grain, label),
         }
 
 
