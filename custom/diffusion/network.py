@@ -174,7 +174,8 @@ class StructDiffUNet(nn.Module):
             # The images also go on unencoded: residuals at edges are learned several times faster so
             # (docs/FINDINGS.md).
             seen = torch.cat([self.condition_encoder(torch.cat([*masks, images], 1)), images], 1)
-            at_no_time = torch.zeros(len(seen), dtype=torch.int64, device=seen.device)
+            # The shape, not `len`, which `torch.jit.trace` keeps as a number.
+            at_no_time = torch.zeros(seen.shape[0], dtype=torch.int64, device=seen.device)
             voxels, spread = self.regressor(seen, at_no_time).float().chunk(2, 1)
             blurred = self.point_spread(images).float() * (IMAGE_UNIT_HU / RESIDUAL_UNIT_HU)
         # In single voxels the mean is learned faster than in bands.
