@@ -43,8 +43,8 @@ class RandTemplatePaird(Randomizable, Transform):
     Images are read by cubic splines, which keep thin vessels where linear interpolation would blur them.
 
     Reads `image` (structure), `label` and `statistics`; writes `image`, `label`, `template_image`, `template_label` and
-    `statistics` (of the template). With `grain`, `scan` is the target with its own grain, to measure against. The fields
-    are small against their length, so they do not fold and need no exponential.
+    `statistics` (of the template). With `grain`, `scan` is the target with its own grain, to measure against. The
+    fields are small against their length, so they do not fold and need no exponential.
 
     Args:
         spacing_mm: spacing of the volumes.

@@ -111,7 +111,9 @@ class StructDiffInferer(Inferer):
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: must be in [0, 1), got {overlap}")
         if not 0 <= sample_strength <= 1:
-            raise ValueError(f"sample_strength: must be between 0 (the mean) and 1 (a full sample), got {sample_strength}")
+            raise ValueError(
+                f"sample_strength: must be between 0 (the mean) and 1 (a full sample), got {sample_strength}"
+            )
         self.sample_strength = sample_strength
         self.timesteps, self.roi_size = listed_timesteps(timesteps), roi_size
         self.overlap, self.seed, self.hu_range = overlap, seed, hu_range

@@ -86,8 +86,8 @@ class DiffusionLoss:
     """What the U-Net explains of the remainder on held-out cases, as metrics of an evaluation.
 
     Adds "remaining_edge_<t>" and "remaining_elsewhere_<t>" for each time: the squared velocity error over that without
-    the U-Net (F = 0), where labels meet and elsewhere; 1 is a U-Net that knows nothing. Noise is drawn from the names
-    of the cases.
+    the U-Net (F = 0), where labels meet and elsewhere; 1 is a U-Net that knows nothing, NaN that no place is such.
+    Noise is drawn from the names of the cases.
 
     Args:
         network: in evaluation mode, when the evaluator runs.
@@ -133,4 +133,4 @@ class DiffusionLoss:
         """Add the metrics."""
         for key, sums in self._sums.items():
             with_network, without = torch.as_tensor(idist.all_reduce(sums)).tolist()
-            engine.state.metrics[key] = with_network / without
+            engine.state.metrics[key] = with_network / without if without else float("nan")

@@ -54,8 +54,8 @@ class SplitNoised(Transform):
 class MeasureGraind(Transform):
     """Measure what it takes to draw more grain like that of a scan, see `custom.volumes.intensity.with_grain`.
 
-    Reads what :class:`SplitNoised` made; adds `grain_kernel` (1, 17, 17, 17), `grain_sd` (1, H, W, D) HU and `noise_sd`,
-    of the scan, in HU.
+    Reads what :class:`SplitNoised` made; adds `grain_kernel` (1, 17, 17, 17), `grain_sd` (1, H, W, D) HU, and
+    `noise_sd` of the scan, in HU.
 
     Args:
         image_key, label_key: as there.

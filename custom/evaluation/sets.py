@@ -320,6 +320,7 @@ def measure_set(
         }
     path = root / SET_MEASURES
     options = {**settings, "limits": limits, "max_pairs": max_pairs, "candidates": candidates, "seed": seed}
+    options["classifier_steps"] = classifier_steps
     write_json(path, measures | {"settings": plain_values(options)})
     if tracking_uri:
         metrics = _numbers(measures) | {"near_duplicates": float(len(measures["near_duplicates"]))}

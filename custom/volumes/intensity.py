@@ -124,8 +124,8 @@ def grain_kernel(grain_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Filter that gives white noise the spectrum that a scan's grain has inside the labels. Ours.
 
     Grain taken from a scan also holds what denoising missed of edges and lung vessels, and would draw them elsewhere.
-    A spectrum with random phases does not (Theiler et al. 1992, surrogate data). The autocovariance of the clipped grain
-    is divided by that of the labelled region, so that the region's shape does not count, and tapered to 8 voxels.
+    A spectrum with random phases does not (Theiler et al. 1992, surrogate data). The autocovariance of the clipped
+    grain is divided by that of the labelled region, so that the region's shape does not count, and tapered to 8 voxels.
 
     Args:
         grain_hu, label: (H, W, D).
@@ -176,10 +176,11 @@ def with_grain(
         (H, W, D) float32 HU.
     """
     grain = unit_grain * local_sd_hu
-    has = interior_noise_sd(grain, label)
-    if has == 0 or interior_noise_sd(structure_hu, label) >= noise_sd_hu:
+    has, own = interior_noise_sd(grain, label), interior_noise_sd(structure_hu, label)
+    if has == 0 or own >= noise_sd_hu:
         return structure_hu.astype(np.float32)
-    factor = noise_sd_hu / has
-    for _ in range(_CORRECTIONS):  # a robust deviation is not additive
-        factor *= noise_sd_hu / interior_noise_sd(structure_hu + factor * grain, label)
-    return (structure_hu + factor * grain).astype(np.float32)
+    variance = (noise_sd_hu**2 - own**2) / has**2
+    for _ in range(_CORRECTIONS):  # robust variances add up only about
+        reached = interior_noise_sd(structure_hu + variance**0.5 * grain, label)
+        variance = max(variance + (noise_sd_hu**2 - reached**2) / has**2, 0.0)
+    return (structure_hu + variance**0.5 * grain).astype(np.float32)

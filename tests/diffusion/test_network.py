@@ -111,7 +111,7 @@ def test_the_mean_is_in_single_voxels():
 
 @pytest.mark.parametrize(("channel", "name"), [(0, "template_image_hu"), (8, "prior_hu")])
 def test_the_linear_part_of_the_mean_reads_template_and_prior_in_their_unit(channel, name):
-    """Reading the low-pass band into every voxel of a block gives sqrt(8) times the block's mean, in units of 100 HU."""
+    """Reading the low-pass band into every voxel of a block gives sqrt(8) times its mean, in units of 100 HU."""
     network, context = make_network(), make_context((16, 8, 24))
     network.point_spread.weight.data[:, channel, 1, 1, 1] = 1.0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Training pairs: one appearance, two anatomies that meet away from the labels, and no grain in common."""
+"""Training pairs: one appearance, two anatomies that meet away from the labels; grain is left to the scan."""
 
 import math
 
@@ -13,7 +13,7 @@ SIZE = (24, 22, 20)
 SPACING_MM = [3.0, 3.0, 3.0]
 LEVELS_HU = torch.tensor([-50.0, 100.0, 350.0])
 ABSENT = (300.0, 12.0)  # statistics of label 3, which lies outside the crop
-QUIET = {"contrast_shift_hu": 0.0, "label_shift_hu": 0.0, "grain_gain": (1.0, 1.0), "blur_voxels": (0.0, 0.0)}
+QUIET = {"contrast_shift_hu": 0.0, "label_shift_hu": 0.0, "blur_voxels": (0.0, 0.0)}
 STILL = {"undeformed_prob": 1.0, "template_amplitude_mm": (0.0, 0.0)}
 
 
@@ -28,20 +28,13 @@ def anatomy(size=SIZE):
     return label
 
 
-def make_item(label=None, structure=None, grain_hu=20.0):
+def make_item(label=None, structure=None, texture_hu=20.0, grain=None):
     label = anatomy() if label is None else label
     structure = LEVELS_HU[label.long()] if structure is None else structure
-    image = structure + grain_hu * noise(*label.shape)
+    image = structure + texture_hu * noise(*label.shape)
     statistics = torch.cat([label_statistics(image, label, 3), torch.tensor([ABSENT])])
-    return {
-        "image": image,
-        "structure": structure,
-        "surrogate": grain_hu * noise(*label.shape, seed=1),
-        "label": label,
-        "statistics": statistics,
-        "grain_sd": 20.0,
-        "case": "a",
-    }
+    item = {"image": image, "label": label, "statistics": statistics, "case": "a"}
+    return item if grain is None else item | {"grain": grain}
 
 
 def pair(item, seed=0, **options):
@@ -63,37 +56,45 @@ def test_a_seed_fixes_the_pair_and_another_gives_another():
     for key in ("image", "label", "template_image", "template_label", "statistics"):
         assert torch.equal(first[key], again[key]), key
         assert not torch.equal(first[key], other[key]), key
-    assert first["grain_sd"] == again["grain_sd"] != other["grain_sd"]
 
 
 def test_the_item_that_came_in_is_left_as_it_was():
-    item = make_item()
+    item = make_item(grain=noise(1, *SIZE, seed=1))
     pair(item)
-    for key, value in make_item().items():
+    for key, value in make_item(grain=noise(1, *SIZE, seed=1)).items():
         assert torch.equal(item[key], value) if isinstance(value, torch.Tensor) else item[key] == value, key
 
 
-def test_volumes_have_the_size_of_the_roi_and_what_made_them_is_gone():
-    result = pair(make_item(), roi_size=[8, 10, 12])
-    for key in ("image", "label", "template_image", "template_label"):
+@pytest.mark.parametrize("grain", [None, 30 * noise(1, *SIZE, seed=1)], ids=["training", "validation"])
+def test_volumes_have_the_size_of_the_roi_and_the_scan_is_there_when_its_grain_was(grain):
+    result = pair(make_item(grain=grain), roi_size=[8, 10, 12])
+    volumes = {"image", "label", "template_image", "template_label"} | ({"scan"} if grain is not None else set())
+    for key in volumes:
         assert result[key].shape == (1, 8, 10, 12), key
         assert result[key].dtype == torch.float32
-    assert result.keys() == make_item().keys() - {"structure", "surrogate"} | {"template_image", "template_label"}
+    assert result.keys() == volumes | {"statistics", "case"}
     assert result["case"] == "a"
+
+
+def test_what_else_is_known_of_a_case_is_handed_on():
+    known = {"grain_kernel": noise(1, 17, 17, 17), "grain_sd": noise(1, *SIZE), "noise_sd": 31.0}
+    result = pair({**make_item(), **known})
+    assert all(result[key] is value for key, value in known.items())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_target_and_template_share_their_contrast(seed):
     """Drawn contrasts move label means by tens of HU, the two images of a pair by the same."""
     item = make_item()
-    result = pair(item, seed=seed, contrast_shift_hu=150.0, label_shift_hu=60.0)
+    options = {"contrast_shift_hu": 150.0, "label_shift_hu": 60.0, "template_amplitude_mm": (0.0, 3.0)}
+    result = pair(item, seed=seed, **options)
     target = means(result["image"], result["label"])
     template = means(result["template_image"], result["template_label"])
     assert (target - means(item["image"], item["label"]))[1:].abs().max() > 30
     assert (target - template).abs().max() < 10
 
 
-def test_statistics_are_those_of_the_scan_in_its_new_contrast():
+def test_statistics_are_those_of_the_structure_in_its_new_contrast():
     item = make_item()
     result = pair(item, **STILL)
     image, label = result["image"], item["label"]
@@ -122,27 +123,46 @@ def test_label_shifts_move_every_label_by_its_own_and_never_the_background():
     assert (change[11, 11, 10] - change[6, 6, 6]).abs() > 5
 
 
-def test_template_wears_rolled_surrogate_grain_and_not_the_grain_of_the_scan():
-    item = make_item()
-    result = pair(item, **QUIET, **STILL)
-    torch.testing.assert_close(result["image"], item["image"])
-    grain = item["image"] - item["structure"]
-    worn = result["template_image"] - item["structure"]
-    torch.testing.assert_close(
-        worn.flatten().sort().values, item["surrogate"].flatten().sort().values, rtol=0, atol=0.1
-    )
-    for known in (grain, item["surrogate"]):  # 10 560 voxels: correlations of independent noise have an sd of 0.01
-        assert abs(float(torch.corrcoef(torch.stack([worn.flatten(), known.flatten()]))[0, 1])) < 0.05
+def test_a_template_that_has_not_moved_is_the_target():
+    result = pair(make_item(), **STILL, contrast_shift_hu=100.0, label_shift_hu=40.0)
+    torch.testing.assert_close(result["template_image"], result["image"], rtol=0, atol=0.1)
+    assert torch.equal(result["template_label"], result["label"])
 
 
-def test_gain_scales_the_grain_of_both_and_its_strength():
-    item = make_item()
-    result = pair(item, **{**QUIET, **STILL, "grain_gain": (1.5, 1.5)})
-    grain = item["image"] - item["structure"]
-    torch.testing.assert_close(result["image"], item["structure"] + 1.5 * grain)
-    worn = result["template_image"] - item["structure"]
-    torch.testing.assert_close(worn.std(), 1.5 * item["surrogate"].std(), rtol=1e-3, atol=0)
-    assert result["grain_sd"] == 30.0
+@pytest.mark.parametrize("deformed", [True, False])
+def test_the_scan_is_the_target_with_its_own_grain_in_place(deformed):
+    """Reading by splines is linear: the grain comes out as an image of nothing but grain would."""
+    grain = 30 * noise(1, *SIZE, seed=1)
+    options = {**QUIET, "undeformed_prob": float(not deformed), "roi_size": [12, 10, 8]}
+    result = pair(make_item(grain=grain), **options)
+    alone = pair(make_item() | {"image": grain}, **options)["image"]
+    torch.testing.assert_close(result["scan"] - result["image"], alone, rtol=0, atol=0.05)
+    assert torch.equal(alone, grain[:, 6:18, 6:16, 6:14]) is not deformed
+    assert alone.std() > 10
+
+
+def test_the_scan_has_the_contrast_and_the_blur_of_the_target_and_its_grain_is_not_blurred():
+    grain = 30 * noise(1, *SIZE, seed=1)
+    options = {**STILL, "contrast_shift_hu": 100.0, "label_shift_hu": 40.0, "blur_voxels": (1.0, 1.0)}
+    result = pair(make_item(grain=grain), **options)
+    torch.testing.assert_close(result["scan"] - result["image"], grain, rtol=0, atol=1e-3)
+    assert (means(result["scan"], result["label"]) - means(result["image"], result["label"])).abs().max() < 5
+
+
+def test_neither_image_of_a_pair_has_grain():
+    grain = 30 * noise(1, *SIZE, seed=1)
+    with_scan, without = pair(make_item(grain=grain)), pair(make_item())
+    for key in ("image", "template_image", "statistics"):
+        assert torch.equal(with_scan[key], without[key]), key
+
+
+def test_blur_softens_both_images_alike():
+    options = {**QUIET, **STILL}
+    sharp, soft = (pair(make_item(), **{**options, "blur_voxels": (width, width)}) for width in (0.0, 1.0))
+    for key in ("image", "template_image"):
+        centre = (0, slice(9, 13), slice(9, 13), slice(9, 12))  # amid label 2: texture alone
+        assert soft[key][centre].std() < 0.6 * sharp[key][centre].std()
+    torch.testing.assert_close(soft["template_image"], soft["image"], rtol=0, atol=0.1)
 
 
 def test_an_undeformed_target_is_the_scan_cut_from_its_centre():
@@ -155,8 +175,8 @@ def test_an_undeformed_target_is_the_scan_cut_from_its_centre():
 
 
 def test_a_deformed_target_moves_image_and_label_together():
-    """Without grain, the image tells the labels: half-way between their levels lies the face."""
-    item = make_item(grain_hu=0.0)
+    """Without texture, the image tells the labels: half-way between their levels lies the face."""
+    item = make_item(texture_hu=0.0)
     result = pair(item, undeformed_prob=0.0, target_amplitude_mm=6.0, **QUIET)
     for image, label in (("image", "label"), ("template_image", "template_label")):
         moved, read = result[label] > 0, result[image] > 25
@@ -171,7 +191,7 @@ def test_target_and_template_agree_far_from_labels_and_differ_near_them():
     label[:, :8] = 1
     axes = torch.meshgrid(*[torch.arange(n) * 0.5 for n in label.shape[1:]], indexing="ij")
     structure = 200 * sum(axis.sin() for axis in axes)[None]
-    item = make_item(label, structure, grain_hu=0.0)
+    item = make_item(label, structure, texture_hu=0.0)
     options = {"undeformed_prob": 0.0, "template_amplitude_mm": (4.0, 4.0), "reach_mm": 9.0, "sigma_mm": 25.0}
     result = pair(item, **options, **QUIET)
     difference = (result["image"] - result["template_image"]).abs()
@@ -245,3 +265,8 @@ def test_near_labels_counts_millimetres_and_takes_odd_sizes():
     assert fine.shape == coarse.shape == (48,)
     assert fine[32] > coarse[32] + 0.1
     assert not near_labels(torch.zeros(1, 1, 9, 8, 7), 9.0, SPACING_MM).any()
+
+
+def test_a_volume_smaller_than_the_roi_is_refused_with_its_size():
+    with pytest.raises(ValueError, match=r"\(24, 22, 20\) voxels .* fewer than the ROI \(8, 24, 8\); lower `roi_size`"):
+        pair(make_item(), roi_size=[8, 24, 8])

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
-from custom.diffusion.moments import label_edges
+from custom.diffusion.formulas import amplitudes
 from custom.diffusion.network import Condition, StructDiffUNet
-from custom.diffusion.sampler import StructDiffInferer, blended, case_noise, windows_of
-from custom.volumes.haar import depth_to_space, haar_pack, haar_unpack
+from custom.diffusion.noise import case_noise
+from custom.diffusion.sampler import StructDiffInferer, blended, windows_of
+from custom.volumes.grids import pad_to_multiple
+from custom.volumes.haar import haar_pack, haar_unpack
 
 SIZES = [(17, 24, 9), (16, 16, 16), (33, 7, 20)]
 ALPHAS = StructDiffUNet(num_labels=2, channels=(8, 8), condition_channels=4).alphas_cumprod
@@ -22,17 +24,17 @@ class LocalNetwork:
     """Flow and moments that are functions of one block, so cutting into windows must not change the result."""
 
     def __init__(self):
-        self.encoded = []
+        self.encoded, self.called = [], 0
         self.alphas_cumprod = ALPHAS
 
     def encode(self, context):
         self.encoded.append(tuple(context.shape[2:]))
-        bands = haar_pack(context[:, :4])
-        sigma = (0.002 * bands[:, 8:16]).exp()
-        return Condition(bands, 0.003 * bands[:, 24:], sigma, label_edges(context[:, :1]))
+        bands = haar_pack(context)
+        return Condition(bands, 0.003 * bands[:, 24:], (0.002 * bands[:, 8:16]).exp())
 
     def flow(self, y, timesteps, features):
         assert y.shape[2:] == features.shape[2:]
+        self.called += 1
         time = timesteps.view(-1, 1, 1, 1, 1) / 2000
         return (0.2 + time) * y - 0.01 * features[:, :8] + 0.001 * features[:, 8:16]
 
@@ -40,7 +42,6 @@ class LocalNetwork:
 def make_context(size, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     context = 100 * torch.randn(batch, len(Context._fields), *size, generator=generator)
-    context[:, 4:] = 100  # HU: the residual unit is 1
     context[:, [0, 2]] = torch.randint(0, 3, (batch, 2, *size), generator=generator).float()
     return context
 
@@ -56,7 +57,6 @@ def network():
     for parameter in network.parameters():
         if not parameter.any():
             parameter.data.normal_(0, 0.02)
-    network.moments.set_table(torch.full_like(network.moments.table, 0.5))
     return network
 
 
@@ -111,7 +111,7 @@ def test_windows_of_a_local_predictor_change_nothing(size, overlap):
 
 
 class FlatNetwork(LocalNetwork):
-    """Moments that differ by channel but not in space; the flow is y / 4 + 1 / 2."""
+    """Moments that differ by band but not in space; the flow is y / 4 + 1 / 2."""
 
     mean = torch.linspace(-1, 1, 8).view(1, 8, 1, 1, 1)
     sigma = torch.linspace(0.2, 2, 8).view(1, 8, 1, 1, 1)
@@ -119,46 +119,97 @@ class FlatNetwork(LocalNetwork):
     def encode(self, context):
         grid = [n // 2 for n in context.shape[2:]]
         mean, sigma = (part.expand(len(context), -1, *grid) for part in (self.mean, self.sigma))
-        return Condition(torch.zeros(len(context), 1, *grid), mean, sigma, label_edges(context[:, :1]))
+        return Condition(torch.zeros(len(context), 1, *grid), mean, sigma)
 
     def flow(self, y, timesteps, features):
-        return y / 4 + haar_pack(torch.full((len(y), 1, *(2 * n for n in y.shape[2:])), 0.5))
+        self.called += 1
+        return y / 4 + 0.5
 
 
-@pytest.mark.parametrize("edge", [False, True], ids=["bands", "voxels"])
-def test_one_step_rendering_is_an_euler_step_of_the_case_noise_in_the_local_basis(edge):
-    """One network call: y = noise - psi F, psi the angle of the time; sigma y + mean, times the scale, plus the prior.
-
-    Without label faces sigma belongs to bands, with faces everywhere (a chequerboard) to single voxels.
-    """
+def test_one_step_rendering_is_an_euler_step_of_the_case_noise():
+    """y = noise - psi F, psi the angle of the time; (mean + sigma y), times the unit, plus the prior."""
     context = make_context((6, 4, 4))
-    parity = torch.stack(torch.meshgrid(*map(torch.arange, (6, 4, 4)), indexing="ij")).sum(0) % 2
-    context[:, 0] = parity if edge else 1
     result = make_inferer([600], seed=7)(context, FlatNetwork(), ["patient"])
-    alpha = ALPHAS[600]
-    x = case_noise((1, 6, 4, 4), 7, "patient")[None]
-    if edge:
-        sigma, pack, unpack = depth_to_space(FlatNetwork.sigma.expand(1, 8, 3, 2, 2)), lambda v: v, lambda v: v
-    else:
-        sigma, pack, unpack = FlatNetwork.sigma, haar_pack, haar_unpack
-    psi = torch.atan2((1 - alpha).sqrt(), alpha.sqrt() * sigma)
-    residual = unpack(sigma * pack(x - unpack(psi * pack(x / 4 + 0.5))))
-    residual = residual + haar_unpack(FlatNetwork.mean.expand(1, 8, 3, 2, 2))
+    x, alpha = haar_pack(case_noise((1, 6, 4, 4), 7, "patient")[None]), ALPHAS[600]
+    y = x - torch.atan2((1 - alpha).sqrt(), alpha.sqrt()) * (x / 4 + 0.5)
+    residual = haar_unpack(FlatNetwork.mean + FlatNetwork.sigma * y)
     torch.testing.assert_close(result, RESIDUAL_UNIT_HU * residual + context[:, 3:4], rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10])
-def test_gaussian_residual_keeps_mean_and_spread_at_any_number_of_steps(steps):
-    """With F = 0, the exact answer for Gaussian grain, the result is mean + sigma noise; DDIM would shrink it."""
-    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4).eval()  # fresh: F = 0
-    network.moments.set_table(torch.full_like(network.moments.table, 0.3))
-    torch.nn.init.constant_(network.moments.linear.bias, 0.08)  # units of 500 HU
-    context = torch.zeros(1, len(Context._fields), 12, 12, 12)
-    context[:, 4:] = 100  # HU: the residual unit is 1
-    context[:, 0, 3:8, 3:8, 3:8] = 4
-    result = make_inferer(steps, seed=2)(context, network, ["patient"])
-    expected = RESIDUAL_UNIT_HU * (0.4 + 0.3 * case_noise((1, 12, 12, 12), 2, "patient")[None])
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+class GaussianNetwork(FlatNetwork):
+    """The exact flow of a remainder that is white noise of this deviation."""
+
+    deviation = 0.5
+
+    def flow(self, y, timesteps, features):
+        a, s = amplitudes(self.alphas_cumprod, timesteps, 5)
+        return y * a * s * (1 - self.deviation**2) / (a**2 * self.deviation**2 + s**2)
+
+
+def test_the_exact_flow_of_a_narrower_gaussian_draws_it_and_the_error_falls_with_the_steps():
+    context, errors = make_context((8, 8, 8)), []
+    x = haar_pack(case_noise((1, 8, 8, 8), 0, "a")[None])
+    exact = RESIDUAL_UNIT_HU * haar_unpack(FlatNetwork.mean + FlatNetwork.sigma * 0.5 * x) + context[:, 3:4]
+    for steps in (10, 20, 40):
+        errors.append(float((make_inferer(steps)(context, GaussianNetwork(), ["a"]) - exact).std() / exact.std()))
+    assert errors[0] < 0.02, errors
+    assert errors[2] < errors[1] / 2 < errors[0] / 4, errors
+
+
+@pytest.fixture(scope="module")
+def idle():
+    """A network whose U-Net says nothing: mean and deviation of its own in every band and place."""
+    torch.manual_seed(0)
+    network = StructDiffUNet(num_labels=3, channels=(8, 8), condition_channels=4).eval()
+    torch.nn.init.normal_(network.regressor.out[-1].conv.weight, 0, 0.1)
+    return network
+
+
+@pytest.mark.parametrize("steps", [1, 3, [999, 400, 20]])
+def test_without_a_word_of_the_unet_the_sample_is_mean_and_sigma_noise_at_any_number_of_steps(idle, steps):
+    """The exact answer for a Gaussian residual; DDIM would shrink it by the cosine of every step."""
+    context = make_context((12, 12, 12))
+    result = make_inferer(steps, seed=2)(context, idle, ["patient"])
+    with torch.no_grad():
+        _, mean, sigma = idle.encode(context)
+    assert mean.std() > 0.05
+    assert sigma.log().std() > 0.05
+    drawn = mean + sigma * haar_pack(case_noise((1, 12, 12, 12), 2, "patient")[None])
+    torch.testing.assert_close(result, RESIDUAL_UNIT_HU * haar_unpack(drawn) + context[:, 3:4], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("roi", [None, [8, 8, 8]], ids=["whole", "windows"])
+def test_at_strength_zero_the_mean_is_rendered_without_a_call_of_the_unet(network, roi):
+    context, local = make_context((12, 9, 10)), LocalNetwork()
+    result = make_inferer(10, sample_strength=0, roi_size=roi)(context, local, ["a"])
+    assert local.called == 0
+    mean = haar_unpack(local.encode(pad_to_multiple(context, 2)).mean)[..., :9, :]
+    expected = RESIDUAL_UNIT_HU * mean + context[:, 3:4]
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-2)
+    calls, hook = [], network.unet.register_forward_hook(lambda *_: calls.append(1))
+    mean = make_inferer(10, sample_strength=0, roi_size=roi, seed=1)(context, network, ["a"])
+    assert torch.equal(mean, make_inferer(3, sample_strength=0, roi_size=roi, seed=2)(context, network, ["b"]))
+    assert not calls
+    make_inferer(2, sample_strength=0.1, roi_size=roi)(context, network, ["a"])
+    hook.remove()
+    assert len(calls) == 2 * (len(windows_of((12, 10, 10), roi, 0.4)) if roi else 1)
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5])
+def test_strength_goes_straight_from_the_mean_to_the_full_sample(network, strength):
+    context = make_context((8, 7, 12), 2)
+    mean, part, full = (
+        make_inferer(2, sample_strength=share)(context, network, ["a", "b"]) for share in (0, strength, 1.0)
+    )
+    assert (full - mean).std() > 5
+    torch.testing.assert_close(part, mean + strength * (full - mean), rtol=1e-5, atol=1e-2)
+    assert torch.equal(make_inferer(2)(context, network, ["a", "b"]), full)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_a_strength_beyond_mean_and_sample_is_refused(strength):
+    with pytest.raises(ValueError, match=rf"sample_strength: must be between 0 \(the mean\) and 1 .*, got {strength}"):
+        make_inferer(sample_strength=strength)
 
 
 def test_result_is_clamped_to_the_range():
@@ -195,7 +246,8 @@ def test_every_window_is_predicted_once(count):
 def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
     """Zero padding, group norms and attention see the cut.
 
-    Measured with these random weights: 8 %, 7 % and 3 % of the residual's spread for windows of 24, 32 and 48 voxels.
+    Measured with these random weights: 23 %, 21 % and 10 % of the residual's spread for windows of 24, 32 and 48
+    voxels.
     """
     context = make_context((64, 24, 24))
     prior, inner = context[:, 3:4], (..., *[slice(6, -6)] * 3)
@@ -205,8 +257,8 @@ def test_windows_of_a_network_approach_the_whole_volume_as_they_grow(network):
         windowed = make_inferer(roi_size=[size, 24, 24], overlap=overlap)(context, network, ["a"]) - prior
         differences.append(float((windowed[inner] - whole).std() / whole.std()))
     assert differences == sorted(differences, reverse=True), differences
-    assert differences[0] < 0.12, differences
-    assert 1e-3 < differences[-1] < 0.05, differences
+    assert differences[0] < 0.3, differences
+    assert 1e-3 < differences[-1] < 0.15, differences
 
 
 @pytest.mark.parametrize("roi", [None, [8, 8, 8]], ids=["whole", "windows"])
@@ -218,7 +270,7 @@ def test_a_case_does_not_depend_on_its_batch_or_order(network, roi):
     for order in ([0, 1, 2], [2, 0, 1], [1, 2]):
         together = inferer(context[order], network, [names[i] for i in order])
         expected = torch.cat([alone[i] for i in order])
-        torch.testing.assert_close(together / RESIDUAL_UNIT_HU, expected / RESIDUAL_UNIT_HU, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together, expected, rtol=0, atol=0.05)  # HU; images are written in steps of 1
 
 
 @pytest.mark.parametrize("cached", [0, 1, 3])
@@ -279,13 +331,19 @@ def test_every_sample_needs_a_name():
         make_inferer()(make_context((8, 8, 8), 2), LocalNetwork(), ["a"])
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_rendering_that_is_not_finite_is_refused_with_its_case_before_limits_hide_it(bad):
+def test_a_rendering_that_is_not_finite_is_refused_with_its_case_before_limits_hide_it(bad, strength):
     class Spoilt(LocalNetwork):
+        def encode(self, context):
+            whole = super().encode(context)
+            whole.mean[1:] = bad if strength == 0 else 0.0
+            return whole
+
         def flow(self, y, timesteps, features):
-            return torch.full_like(y, bad)
+            return torch.cat([torch.zeros_like(y[:1]), torch.full_like(y[1:], bad)])
 
     with pytest.raises(
-        ValueError, match="second: the rendering is NaN or infinite, .* another `ckpt_dir`, or train anew"
+        ValueError, match="^second: the rendering is NaN or infinite, .* another `ckpt_dir`, or train anew"
     ):
-        make_inferer()(make_context((8, 8, 8)), Spoilt(), ["second"])
+        make_inferer(sample_strength=strength)(make_context((8, 8, 8), 2), Spoilt(), ["first", "second"])

@@ -1,123 +1,186 @@
-"""Batches made into problems for the engines, and what is measured of them before training."""
+"""Batches made into problems for the engines, and what is measured of the diffusion while it is trained."""
 
 import math
 
 import pytest
 import torch
-from custom.diffusion.context import MODES, Context
-from custom.diffusion.moments import MIN_SIGMA, REGIONS, ResidualMoments
-from custom.diffusion.network import StructDiffUNet
-from custom.diffusion.training import MeasureResidual, PrepareRendering, PrepareResidualDiffusion, residual_sigma
-from custom.volumes.haar import haar_unpack
-from ignite.engine import Engine
+from custom.diffusion.context import Context
+from custom.diffusion.loss import label_edges
+from custom.diffusion.network import Prediction, StructDiffUNet
+from custom.diffusion.noise import case_noise
+from custom.diffusion.training import DiffusionLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
+from custom.volumes.grids import pad_to_multiple
+from custom.volumes.haar import haar_pack
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
 
 CPU = torch.device("cpu")
-BACKGROUND = REGIONS.index("soft_background")
-G = math.sqrt(math.pi / 2)  # deviation of a Gaussian over its mean absolute value
 
 
-def batch_of(bands, *, mode="template", spread_hu=100.0):
-    """A batch whose residual, in units of 100 HU, has the given packed bands (B, 8, h, w, d), all in the background."""
-    residual = haar_unpack(bands)
-    context = torch.zeros(len(residual), len(Context._fields), *residual.shape[2:])
-    context[:, 4], context[:, 5] = spread_hu, 100.0
-    if mode == "mask_only":
-        context[:, 2] = -1
-    prior = torch.full_like(residual, 40.0)
-    return {"image": prior + 100 * residual, "prior": prior, "context": context}
-
-
-def moments():
-    return ResidualMoments(2, 2, image_unit=5.0)
-
-
-def bands(*levels, batch=1):
-    return torch.tensor(levels).view(1, 8, 1, 1, 1).expand(batch, -1, 2, 2, 2)
-
-
-def test_measured_deviation_of_a_handmade_residual():
-    """Two batches of opposite signs: mean sizes 2, 1/2, ... by band; the unit of the low-pass band is 0.4."""
-    levels = torch.tensor([3.0, 0.5, 1, 2, 3, 4, 5, 0])
-    low = torch.tensor([1.0, *levels[1:]])
-    batches = [batch_of(bands(*levels.tolist()), spread_hu=40.0), batch_of(bands(*(-low).tolist()), spread_hu=40.0)]
-    sigma = residual_sigma(batches, moments(), CPU)
-    assert sigma.shape == (len(MODES), len(REGIONS), 8)
-    assert sigma.dtype == torch.float32
-    expected = G * torch.tensor([2.0 / 0.4, *levels[1:]])
-    expected[7] = MIN_SIGMA
-    torch.testing.assert_close(sigma[0, BACKGROUND], expected, rtol=1e-4, atol=0)
-    sigma[0, BACKGROUND] = 1
-    assert torch.equal(sigma, torch.ones_like(sigma))  # no voxel fell there
-
-
-def test_measured_deviation_of_gaussian_residuals_is_theirs_in_every_mode():
-    generator = torch.Generator().manual_seed(0)
-    true = torch.linspace(0.3, 2, 8).view(1, 8, 1, 1, 1)
-    draws = [factor * true * torch.randn(2, 8, 8, 8, 8, generator=generator) for factor in (1.0, 3.0)]
-    batches = [batch_of(draws[0]), batch_of(draws[1], mode="mask_only")]
-    sigma = residual_sigma(batches, moments(), CPU)
-    for mode, factor in ((0, 1.0), (1, 3.0)):
-        torch.testing.assert_close(sigma[mode, BACKGROUND], factor * true.flatten(), rtol=0.08, atol=0)
-
-
-def test_a_volume_of_odd_size_is_measured_too():
-    batch = {key: value[..., :3, :, :] for key, value in batch_of(bands(*[1.0] * 8)).items()}
-    sigma = residual_sigma([batch], moments(), CPU)
-    assert sigma[0, BACKGROUND].isfinite().all()
-    assert (sigma[0, BACKGROUND] != 1).any()
+def batch_of(size=(8, 8, 8), cases=("a", "b"), seed=0):
+    """A cube in a background, whose structure lies 100 HU times noise off a prior of 40 HU."""
+    shape = (len(cases), 1, *size)
+    image = 40 + 100 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    label, prior = torch.zeros(shape), torch.full(shape, 40.0)
+    label[:, :, 2:4, 2:4, 2:4] = 1
+    context = Context(label, torch.zeros(shape), label, prior).stacked()
+    return {"image": image, "label": label, "prior": prior, "context": context, "case": list(cases)}
 
 
 def make_network():
-    return StructDiffUNet(num_labels=2, channels=(8, 8), condition_channels=4)
+    torch.manual_seed(0)
+    return StructDiffUNet(num_labels=2, channels=(8, 8), condition_channels=4).eval()
 
 
-def measuring(loader, batches):
-    network, shadow, engine = make_network(), make_network(), Engine(lambda engine, batch: None)
-    MeasureResidual(network, shadow, loader, batches=batches, device=CPU).attach(engine)
-    return network, shadow, engine
-
-
-def test_network_and_shadow_are_measured_over_so_many_batches_and_the_loader_begins_anew():
-    """Of three batches from a loader of two, the first counts twice: (1 + 4 + 1) / 3."""
-    network, shadow, engine = measuring([batch_of(bands(*[1.0] * 8)), batch_of(bands(*[4.0] * 8))], 3)
-    engine.run([0], max_epochs=1)
-    for part in (network, shadow):
-        torch.testing.assert_close(part.moments.table[0, BACKGROUND], torch.full((8,), 2 * G))
-        assert part.moments.measured
-
-
-def test_a_resumed_run_keeps_the_table_it_loaded():
-    network, _, engine = measuring([batch_of(bands(*[1.0] * 8))], 1)
-    network.moments.set_table(torch.full_like(network.moments.table, 7.0))
-    engine.load_state_dict({"epoch_length": 1, "max_epochs": 3, "iteration": 1})
-    engine.run([0])
-    assert (network.moments.table == 7).all()
-
-
-def test_a_training_batch_is_the_noisy_residual_and_its_velocity_at_times_of_its_own():
-    network, batch = make_network(), batch_of(torch.randn(4, 8, 2, 2, 2))
-    batch["label"] = torch.ones(4, 1, 4, 4, 4)
+def test_a_training_batch_is_noise_and_the_residual_at_times_of_its_own():
+    network, batch = make_network(), batch_of(cases="abcd")
     torch.manual_seed(3)
     x, target, (timesteps, context), options = PrepareResidualDiffusion(network)(batch, CPU)
     torch.manual_seed(3)
-    noise = torch.randn(4, 1, 4, 4, 4)
-    alpha = network.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
+    assert torch.equal(x, torch.randn(4, 1, 8, 8, 8))
     assert len(set(timesteps.tolist())) > 1
+    assert timesteps.dtype == torch.int64
     torch.testing.assert_close(target["residual"], (batch["image"] - 40.0) / 100)
-    torch.testing.assert_close(x, alpha.sqrt() * target["residual"] + (1 - alpha).sqrt() * noise)
-    torch.testing.assert_close(target["velocity"], alpha.sqrt() * noise - (1 - alpha).sqrt() * target["residual"])
+    assert torch.equal(options["residual"], target["residual"])
     assert torch.equal(context, batch["context"])
     assert torch.equal(target["label"], batch["label"])
-    assert options == {"with_moments": True}
+    assert options.keys() == {"residual"}
+
+
+def test_times_of_training_cover_the_schedule_evenly():
+    network, batch = make_network(), batch_of((2, 2, 2), cases=["a"] * 4000)
+    torch.manual_seed(0)
+    times = PrepareResidualDiffusion(network)(batch, CPU)[2][0]
+    assert times.min() < 5
+    assert times.max() in range(995, 1000)
+    assert float(times.float().mean()) == pytest.approx(499.5, abs=25)  # five standard errors
+
+
+def test_a_training_batch_is_what_the_network_takes():
+    network = make_network()
+    x, _, args, options = PrepareResidualDiffusion(network)(batch_of(), CPU)
+    with torch.no_grad():
+        prediction = SimpleInferer()(x, network, *args, **options)
+    assert isinstance(prediction, Prediction)
+    assert prediction.velocity.shape == prediction.wanted.shape == (2, 8, 4, 4, 4)
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_rendering_batch_has_its_case_names_and_the_truth_where_there_is_one(known):
-    batch = batch_of(torch.randn(2, 8, 2, 2, 2)) | {"label": torch.ones(2, 1, 4, 4, 4), "case": ("a", "b")}
-    if not known:
-        del batch["image"]
+def test_a_rendering_batch_has_its_case_names_and_the_scan_where_there_is_one(known):
+    """The structure is no truth: what is rendered has grain, as the scan."""
+    batch = batch_of()
+    if known:
+        batch["scan"] = batch["image"] + 30.0
     context, truth, args, options = PrepareRendering()(batch, CPU)
     assert torch.equal(context, batch["context"])
-    assert truth.shape == (2, 2 if known else 1, 4, 4, 4)
+    assert truth.shape == (2, 2 if known else 1, 8, 8, 8)
     assert torch.equal(truth[:, -1:], batch["label"])
+    if known:
+        assert torch.equal(truth[:, :1], batch["scan"])
     assert (args, options) == ((), {"cases": ["a", "b"]})
+
+
+# Moments first
+
+
+def epochs_of_moments(network, epochs, *, resumed_after=0):
+    """`moments_only` in every epoch of a training of four."""
+    seen, engine = [], Engine(lambda engine, batch: seen.append(network.moments_only))
+    MomentsFirst(network, epochs=epochs).attach(engine)
+    if resumed_after:
+        engine.load_state_dict({"epoch_length": 1, "max_epochs": 4, "iteration": resumed_after})
+        engine.run([0])
+    else:
+        engine.run([0], max_epochs=4)
+    return seen
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(2, [True, True, False, False]), (0, [False] * 4), (9, [True] * 4)])
+def test_moments_are_trained_alone_in_the_first_epochs(epochs, expected):
+    assert epochs_of_moments(make_network(), epochs) == expected
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(3, [True, False]), (2, [False, False])])
+def test_a_resumed_training_goes_on_with_what_its_epoch_trains(epochs, expected):
+    assert epochs_of_moments(make_network(), epochs, resumed_after=2) == expected
+
+
+# What the U-Net explains
+
+
+class Known:
+    """In place of a network: a U-Net that explains half of the velocity at label edges and a tenth elsewhere."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, x, timesteps, context, residual):
+        self.asked.append((timesteps.tolist(), x))
+        wanted = haar_pack(pad_to_multiple(x - residual, 4))
+        edge = label_edges(pad_to_multiple(context[:, :1], 4))
+        velocity = wanted * torch.where(edge, 0.5, 0.1)
+        return Prediction(torch.zeros_like(wanted), torch.ones_like(wanted), velocity, wanted)
+
+
+def metrics_of(network, batches, **options):
+    engine = Engine(lambda engine, batch: engine.fire_event(IterationEvents.FORWARD_COMPLETED))
+    engine.register_events(*IterationEvents)
+    DiffusionLoss(network, device=CPU, **options).attach(engine)
+    runs = [engine.run(run).metrics.copy() for run in batches]
+    return runs[-1]
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (7, 9, 10)])
+def test_what_remains_of_the_loss_is_told_at_edges_and_elsewhere_at_every_time(size):
+    network = Known()
+    metrics = metrics_of(network, [[batch_of(size), batch_of(size, cases=("c",))]], timesteps=[200, 700])
+    places = {"edge": 0.25, "elsewhere": 0.81}
+    expected = {f"remaining_{place}_{t}": value for t in (200, 700) for place, value in places.items()}
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert [times for times, _ in network.asked] == [[200, 200], [700, 700], [200], [700]]
+
+
+def test_a_unet_that_says_nothing_leaves_everything():
+    metrics = metrics_of(make_network(), [[batch_of()]])
+    assert len(metrics) == 8
+    assert metrics == pytest.approx(dict.fromkeys(metrics, 1.0), rel=1e-6)
+
+
+def test_what_remains_is_a_sum_over_cases_whatever_their_batches():
+    torch.manual_seed(0)
+    network = make_network()
+    torch.nn.init.normal_(network.unet.out[-1].conv.weight, 0, 0.3)
+    batch = batch_of(cases=("a", "b"))
+    parts = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(2)]
+    whole, single, again = (metrics_of(network, runs) for runs in ([[batch]], [parts], [[batch_of(seed=5)], [batch]]))
+    assert whole["remaining_edge_400"] != pytest.approx(1, abs=1e-3)
+    assert single == pytest.approx(whole, rel=1e-5)
+    assert again == pytest.approx(whole, rel=1e-6), "each evaluation starts anew"
+
+
+def test_noise_of_the_measure_is_that_of_the_case():
+    network = Known()
+    torch.manual_seed(1)
+    metrics_of(network, [[batch_of()]], timesteps=[500])
+    ((_, noise),) = network.asked
+    assert torch.equal(noise, torch.stack([case_noise((1, 8, 8, 8), 0, case) for case in "ab"]))
+
+
+def test_without_an_edge_nothing_is_known_of_edges():
+    batch = batch_of()
+    for labels in (batch["label"], batch["context"][:, :1]):
+        labels.zero_()
+    metrics = metrics_of(Known(), [[batch]], timesteps=[500])
+    assert math.isnan(metrics["remaining_edge_500"])
+    assert metrics["remaining_elsewhere_500"] == pytest.approx(0.81, rel=1e-5)
+
+
+def test_the_measure_is_that_of_the_epoch_before_others_write_it():
+    """Loggers read the metrics at the end of an epoch, after handlers that are attached earlier."""
+    engine, seen = Engine(lambda engine, batch: engine.fire_event(IterationEvents.FORWARD_COMPLETED)), []
+    engine.register_events(*IterationEvents)
+    DiffusionLoss(Known(), device=CPU, timesteps=[500]).attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.extend(e.state.metrics))
+    engine.run([batch_of()])
+    assert seen == ["remaining_edge_500", "remaining_elsewhere_500"]

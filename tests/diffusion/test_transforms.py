@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 from custom.diffusion.context import MODES, Context
+from custom.diffusion.noise import case_noise
 from custom.diffusion.transforms import (
+    AddGraind,
     AlignTemplated,
     LabelStatisticsd,
+    MeasureGraind,
     PaintPriord,
     RandPaintPriord,
     SplitNoised,
     VaryContrastd,
 )
-from custom.volumes.grids import InvertImaged, as_batch, sample_cubic
-from custom.volumes.intensity import label_statistics, noise_sd
+from custom.volumes.grids import as_batch
+from custom.volumes.intensity import interior_noise_sd, label_statistics
 from monai.data import MetaTensor
-from monai.transforms import Compose, Spacingd
 from scipy import ndimage
 
 SIZE = (14, 12, 13)
@@ -62,7 +64,7 @@ def make_item():
         "template_image": volume(image),
         "template_label": label,
         "statistics": STATISTICS,
-        "grain_sd": 17.0,
+        "grain_sd": volume(20 + noise(1, *SIZE, seed=2)),
         "case": "a",
     }
 
@@ -87,12 +89,11 @@ def test_with_a_template_labels_wear_its_statistics_and_the_background_is_its_ow
     assert torch.equal(context["template_label"], item["template_label"][0].as_tensor())
     for index in (1, 2, 3):
         assert context["prior_hu"][label == index].unique().tolist() == [STATISTICS[index, 0]]
-        assert context["prior_sd_hu"][label == index].unique().tolist() == [STATISTICS[index, 1]]
     background = context["prior_hu"][label == 0]
-    assert (background + 80).abs().max() < 15  # its heart, of 120 to 420 HU, is filled from around
-    assert background.std() > 0.1
-    assert context["prior_sd_hu"][label == 0].unique().tolist() == [17.0]
-    assert context["grain_sd_hu"].unique().tolist() == [17.0]
+    assert (background + 80).abs().max() < 30  # its heart, of 120 to 420 HU, is filled from around
+    outside = ndimage.binary_dilation(item["template_label"][0].numpy() > 0, np.ones((3, 3, 3))) == 0
+    outside = torch.from_numpy(outside) & (label == 0)
+    assert torch.equal(context["prior_hu"][outside], item["template_image"][0].as_tensor()[outside])
 
 
 def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
@@ -101,13 +102,12 @@ def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
     assert torch.equal(context["target_label"], label)
     assert torch.equal(context["prior_hu"], torch.tensor(NOMINAL_HU)[label.long()])
     assert context["template_label"].unique().tolist() == [-1]
-    for name in ("template_image_hu", "prior_sd_hu", "grain_sd_hu"):
-        assert not context[name].any(), name
+    assert not context["template_image_hu"].any()
 
 
 def test_unconditional_context_tells_nothing():
     context = channels(paint("unconditional"))
-    expected = dict(zip(Context._fields, (-1, 0, -1, NOMINAL_HU[0], 0, 0), strict=True))
+    expected = dict(zip(Context._fields, (-1, 0, -1, NOMINAL_HU[0]), strict=True))
     assert {name: part.unique().tolist() for name, part in context.items()} == {k: [v] for k, v in expected.items()}
 
 
@@ -136,8 +136,7 @@ def test_prior_is_a_channel_of_the_context_and_both_lie_on_the_grid_of_the_mask(
 def test_without_prior_the_paint_is_flat_and_the_rest_of_the_context_stays(mode):
     context, usual = channels(paint(mode, use_prior=False)), channels(paint(mode))
     assert context["prior_hu"].unique().tolist() == [NOMINAL_HU[0]]
-    assert context["prior_sd_hu"].unique().tolist() == [0]
-    for name in ("target_label", "template_label", "grain_sd_hu"):
+    for name in ("target_label", "template_label"):
         assert torch.equal(context[name], usual[name]), name
     shown = make_item()["template_image"][0].as_tensor() if mode == "template" else torch.zeros(SIZE)
     assert torch.equal(context["template_image_hu"], shown)
@@ -158,14 +157,13 @@ def test_the_template_image_gives_way_to_the_prior_where_it_shows_another_anatom
 
 
 def test_a_label_the_template_lacks_is_painted_near_its_nominal_value():
-    """The others lie 20 HU above theirs; the sd is the median of the others."""
+    """The others lie 20 HU above theirs."""
     item = make_item()
     item["statistics"] = STATISTICS.clone()
     item["statistics"][3] = torch.nan
     context = channels(paint("template", item))
     thin = item["label"][0].as_tensor() == 3
     assert context["prior_hu"][thin].unique().tolist() == [NOMINAL_HU[3] + 20]
-    assert context["prior_sd_hu"][thin].unique().tolist() == [11.0]
 
 
 def test_unknown_mode_is_refused():
@@ -208,36 +206,174 @@ def test_bad_probabilities_of_modes_are_refused(mode_prob):
     assert str(list(mode_prob)) in str(error.value)
 
 
-# Splitting and measuring
+# Structure and grain
 
 
-def scan(grain_hu, size=(20, 18, 16)):
+def scan(grain_hu, size=(28, 26, 24), blur=0.0, seed=0):
+    """A chamber of 250 HU in tissue of -50 HU, with noise, correlated if blurred."""
     label = torch.zeros(1, *size)
-    box(label, 1, (3, 3, 3), (17, 15, 13))
-    return {"image": volume(300 * label - 50 + grain_hu * noise(1, *size)), "label": volume(label)}
+    box(label, 1, (3, 3, 3), (25, 23, 21))
+    grain = noise(1, *size, seed=seed)
+    if blur:
+        grain = torch.from_numpy(ndimage.gaussian_filter(grain.numpy(), [0, blur, blur, blur]))
+        grain = grain / grain.std()
+    return {"image": volume(300 * label - 50 + grain_hu * grain), "label": volume(label), "case": "a"}
 
 
-def test_structure_and_grain_sum_to_the_image_and_the_surrogate_is_as_strong_as_the_grain():
+def structure_of(size=(28, 26, 24)):
+    """Another heart: two chambers of 400 and 100 HU, drawn without noise."""
+    label = torch.zeros(1, *size)
+    box(label, 1, (4, 4, 4), (24, 22, 13))
+    box(label, 2, (4, 4, 13), (24, 22, 20))
+    return {"pred": volume(torch.tensor([-60.0, 400.0, 100.0])[label.long()]), "label": volume(label), "case": "b"}
+
+
+def measured(item):
+    return MeasureGraind()(SplitNoised()(item))
+
+
+def noise_of(item, key="pred"):
+    return interior_noise_sd(item[key][0].numpy(), item["label"][0].numpy())
+
+
+def put_on(item, structure=None, **options):
+    """Grain of a measured scan on a structure."""
+    of_template = {key: item[key] for key in ("grain_kernel", "grain_sd", "noise_sd")}
+    return AddGraind(**options)({**(structure_of() if structure is None else structure), **of_template})
+
+
+def test_structure_takes_the_place_of_the_image_and_grain_is_the_rest():
     item = scan(30.0)
     result = SplitNoised()(item)
     inside = item["label"].as_tensor() > 0
-    grain = (item["image"] - result["structure"]).as_tensor()
-    assert grain[inside].std() == pytest.approx(30, rel=0.25)
-    assert result["structure"].as_tensor()[inside].std() < 15
-    torch.testing.assert_close(
-        result["surrogate"].as_tensor().std(correction=0), grain[inside].std(correction=0), rtol=1e-3, atol=0
-    )
-    assert abs(np.corrcoef(result["surrogate"].numpy().ravel(), grain.numpy().ravel())[0, 1]) < 0.1
-    for key in ("structure", "surrogate"):
+    torch.testing.assert_close((result["image"] + result["grain"]).as_tensor(), item["image"].as_tensor())
+    assert result["grain"].as_tensor()[inside].std() == pytest.approx(30, rel=0.25)
+    assert result["image"].as_tensor()[inside].std() < 15
+    for key in ("image", "grain"):
         assert result[key].shape == item["image"].shape
         assert torch.equal(result[key].affine, AFFINE)
+    assert result.keys() == item.keys() | {"grain"}
 
 
-def test_an_image_without_grain_is_all_structure():
+def test_a_template_is_split_and_measured_by_its_own_keys():
+    item = scan(30.0)
+    keys = {"image_key": "template_image", "label_key": "template_label"}
+    named = {"template_image": item["image"], "template_label": item["label"], "label": target()}
+    result, usual = MeasureGraind(**keys)(SplitNoised(**keys)(named)), measured(item)
+    assert torch.equal(result["template_image"], usual["image"])
+    for key in ("grain", "grain_kernel", "grain_sd"):
+        assert torch.equal(result[key], usual[key]), key
+    assert result["noise_sd"] == usual["noise_sd"]
+    assert torch.equal(result["label"], named["label"])
+
+
+def test_an_image_without_grain_is_all_structure_and_gives_none():
     item = scan(0.0)
-    result = SplitNoised()(item)
-    assert torch.equal(result["structure"], item["image"])
-    assert not result["surrogate"].any()
+    result = measured(item)
+    assert torch.equal(result["image"], item["image"])
+    assert not result["grain"].any()
+    assert result["noise_sd"] == 0
+    structure = structure_of()
+    assert torch.equal(put_on(result)["pred"], structure["pred"])
+
+
+def test_what_is_measured_of_grain_has_its_shapes_and_the_noise_is_that_of_the_scan():
+    item = scan(30.0)
+    result = measured(item)
+    assert result["grain_kernel"].shape == (1, 17, 17, 17)
+    assert float(result["grain_kernel"].norm()) == pytest.approx(1, abs=1e-5)
+    assert result["grain_sd"].shape == item["image"].shape
+    assert torch.equal(result["grain_sd"].affine, AFFINE)
+    assert result["noise_sd"] == pytest.approx(noise_of(item, "image"), rel=1e-5)
+    assert result["noise_sd"] == pytest.approx(30, rel=0.1)
+    centre = result["grain_sd"][0, 14, 13, 12]
+    assert float(centre) == pytest.approx(float(result["grain"].as_tensor().std()), rel=0.15)
+
+
+@pytest.mark.parametrize(("factor", "blur"), [(1.0, 0.0), (1.0, 0.7), (0.5, 0.0), (2.0, 0.0)])
+def test_grain_on_a_clean_structure_is_as_strong_as_that_of_the_template_times_the_factor(factor, blur):
+    item = measured(scan(30.0, blur=blur))
+    result = put_on(item, factor=factor)
+    assert noise_of(result) == pytest.approx(factor * item["noise_sd"], rel=0.02)
+    difference = (result["pred"] - structure_of()["pred"]).as_tensor()
+    assert abs(float(difference.mean())) < 0.1 * float(difference.std())
+    assert torch.equal(result["pred"].affine, AFFINE)
+
+
+def lag_one(values):
+    return [
+        float(
+            np.corrcoef(np.take(values, range(1, n), axis).ravel(), np.take(values, range(n - 1), axis).ravel())[0, 1]
+        )
+        for axis, n in enumerate(values.shape)
+    ]
+
+
+def test_drawn_grain_is_as_coarse_as_that_of_the_template_and_another():
+    item = measured(scan(30.0, blur=0.7))
+    drawn = (put_on(item)["pred"] - structure_of()["pred"])[0].numpy()
+    own = item["grain"][0].numpy()
+    np.testing.assert_allclose(lag_one(drawn), lag_one(own), atol=0.1)
+    assert min(lag_one(drawn)) > 0.25
+    assert abs(np.corrcoef(drawn.ravel(), own.ravel())[0, 1]) < 0.05
+
+
+def test_grain_is_strong_where_that_of_the_template_is():
+    """Twice the dose in one half: there the grain is weaker."""
+    item = scan(30.0, size=(40, 20, 20))
+    item["image"][:, 20:] += 30 * noise(1, 20, 20, 20, seed=5)  # sqrt(2) times the noise
+    structure = {key: volume(torch.ones(1, 40, 20, 20)) for key in ("pred", "label")} | {"case": "b"}
+    drawn = put_on(measured(item), structure)["pred"][0].numpy() - 1
+    assert drawn[28:].std() / drawn[:12].std() == pytest.approx(2**0.5, abs=0.2)
+
+
+def test_grain_depends_on_case_and_seed_alone():
+    item = measured(scan(30.0))
+    torch.manual_seed(0)
+    first = put_on(item, seed=3)["pred"]
+    torch.manual_seed(1)
+    assert torch.equal(put_on(item, seed=3)["pred"], first)
+    clean = structure_of()["pred"]
+    for other in (put_on(item, seed=4)["pred"], put_on(item, {**structure_of(), "case": "c"}, seed=3)["pred"]):
+        pair = [(part - clean).as_tensor().flatten() for part in (first, other)]
+        assert abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 0.05
+
+
+def test_grain_is_not_the_noise_that_the_sample_was_drawn_from():
+    item = measured(scan(30.0))
+    drawn = (put_on(item, seed=3)["pred"] - structure_of()["pred"]).as_tensor().flatten()
+    sampled = case_noise((28, 26, 24), 3, "b").flatten()
+    assert abs(float(torch.corrcoef(torch.stack([drawn, sampled]))[0, 1])) < 0.05
+
+
+def test_without_grain_the_structure_is_the_image():
+    assert torch.equal(put_on(measured(scan(30.0)), factor=0.0)["pred"], structure_of()["pred"])
+
+
+def test_a_structure_as_noisy_as_the_scan_gets_no_more():
+    noisy = structure_of()
+    noisy["pred"] = noisy["pred"] + 40 * noise(1, 28, 26, 24, seed=4)
+    assert torch.equal(put_on(measured(scan(30.0)), noisy)["pred"], noisy["pred"])
+
+
+def test_the_structure_is_kept_under_the_name_that_is_asked_for():
+    item = measured(scan(30.0))
+    assert "structure" not in put_on(item)
+    kept = put_on(item, structure_key="structure")
+    assert torch.equal(kept["structure"], structure_of()["pred"])
+    assert torch.equal(kept["pred"], put_on(item)["pred"])
+    assert not torch.equal(kept["pred"], kept["structure"])
+
+
+def test_an_image_with_grain_stays_within_its_limits():
+    result = put_on(measured(scan(30.0)), hu_range=(-70.0, 390.0))["pred"]
+    assert result.min() == -70
+    assert result.max() == 390
+
+
+def test_negative_grain_is_refused():
+    with pytest.raises(ValueError, match=r"grain: must be 0 \(none\) or more, 1 for that of the template, got -0.5"):
+        AddGraind(factor=-0.5)
 
 
 def test_statistics_are_measured_on_the_named_pair():
@@ -246,7 +382,6 @@ def test_statistics_are_measured_on_the_named_pair():
     image, label = (item[key].as_tensor() for key in ("template_image", "template_label"))
     torch.testing.assert_close(result["statistics"], label_statistics(image, label, 3), equal_nan=True)
     assert result["statistics"][:, 0].tolist() == pytest.approx([-50, 250, np.nan], abs=3, nan_ok=True)
-    assert result["grain_sd"] == noise_sd(image[0].numpy(), label[0].numpy()) == pytest.approx(30, rel=0.1)
 
 
 # Alignment
@@ -265,14 +400,17 @@ def test_a_shifted_template_is_carried_onto_the_target_grid():
     label, moved = torch.zeros(1, *SIZE), torch.zeros(1, *size)
     box(label, 1, (3, 3, 3), (10, 9, 10))
     box(moved, 1, (8, 3, 3), (15, 9, 10))
+    strength = torch.arange(18.0).view(1, 18, 1, 1).expand(1, *size)
     item = {"label": volume(label), "template_label": volume(moved), "template_image": volume(400 * moved)}
-    result = AlignTemplated(labels=[1], spacing_mm=[2.0] * 3)(item)
-    for key in ("template_label", "template_image"):
+    result = AlignTemplated(labels=[1], spacing_mm=[2.0] * 3)({**item, "grain_sd": volume(strength)})
+    for key in ("template_label", "template_image", "grain_sd"):
         assert result[key].shape == (1, *SIZE)
         assert torch.equal(result[key].affine, AFFINE)
     overlap = ((result["template_label"] == 1) & (label == 1)).sum() / (label == 1).sum()
     assert overlap > 0.9
     assert result["template_image"][label == 1].mean() > 350
+    carried = result["grain_sd"][0, 4:9, 6, 6].as_tensor()  # five voxels on, as the heart
+    torch.testing.assert_close(carried, torch.arange(9.0, 14.0), rtol=0, atol=0.7)
 
 
 def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
@@ -282,40 +420,7 @@ def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
         AlignTemplated(labels=[7, 9], spacing_mm=[2.0] * 3)(make_item())
 
 
-# Reading
-
-
-def test_plain_strips_metadata_and_adds_the_batch():
-    result = as_batch(volume(torch.ones(1, 2, 3, 4, dtype=torch.int16)))
-    assert type(result) is torch.Tensor
-    assert result.shape == (1, 1, 2, 3, 4)
-    assert result.dtype == torch.float32
-
-
-def test_cubic_reading_returns_voxels_at_voxels_cubics_between_and_edges_outside():
-    axis = torch.arange(20.0)
-    cubic = (axis**3 / 50 - axis**2 / 3).view(1, 1, 20, 1, 1).expand(1, 1, 20, 5, 5)
-    where = torch.zeros(1, 3, 4, 1, 1)
-    where[:, 1:] = 2
-    where[0, 0, :, 0, 0] = torch.tensor([7.0, 9.5, -30.0, 40.0])
-    read = sample_cubic(cubic, where)
-    assert read.shape == (1, 1, 4, 1, 1)
-    expected = [7**3 / 50 - 7**2 / 3, 9.5**3 / 50 - 9.5**2 / 3, 0, 19**3 / 50 - 19**2 / 3]
-    assert read.flatten().tolist() == pytest.approx(expected, abs=0.01)
-
-
-def test_images_come_back_to_a_finer_mask_by_linear_interpolation():
-    """`Invertd` would follow the trace of the label, which is "nearest": a ramp would come back as a staircase."""
-    label = MetaTensor(torch.zeros(1, 24, 12, 12), affine=torch.diag(torch.tensor([0.75, 0.75, 0.75, 1.0])))
-    forward = Compose([Spacingd("label", pixdim=(1.5, 1.5, 1.5), mode="nearest")])
-    item = forward({"label": label})
-    ramp = torch.arange(12.0)[None, :, None, None].expand(1, 12, 6, 6) * 100
-    back = InvertImaged("pred", transform=forward, orig_keys="label")({**item, "pred": MetaTensor(ramp.clone())})
-    steps = back["pred"][0, 2:-2, 6, 6].diff()
-    assert back["pred"].shape == label.shape
-    torch.testing.assert_close(back["pred"].affine, label.affine)
-    torch.testing.assert_close(steps.as_tensor(), torch.full_like(steps, 50).as_tensor(), atol=5, rtol=0)
-    assert back["label"].shape == item["label"].shape
+# Contrast
 
 
 def scanned(case="a"):

@@ -70,7 +70,7 @@ def test_labels_of_sets_and_templates_are_read_as_their_lists_say(workflow, coho
 
 def measure(workflow, cohort, folder, **overrides):
     settings = {"template_datalist": str(cohort / "datalist.json"), "output_dir": str(folder), **TINY}
-    settings |= {"report#tracking_uri": None, "measures#tracking_uri": None, **overrides}
+    settings |= {"report#tracking_uri": None, "measures#tracking_uri": None, "classifier_steps": 2, **overrides}
     run = workflow(*CONFIGS, workflow_type="infer", **settings)
     run.run()
     run.finalize()
@@ -89,6 +89,14 @@ def test_a_copy_in_a_set_is_named_with_its_original_and_the_report_says_so(workf
     assert found["frechet_distance"]["synthetic_training"] is None
     assert "cases in each set, got 2 and 2" in found["frechet_distance"]["refused"]
     assert np.isfinite(found["kernel_distance"]["synthetic_training"]["value"])
+    assert found["settings"]["classifier_steps"] == 2
+    for pair in ("synthetic_training", "held_out_training"):
+        realism = found["realism"][pair]
+        assert 0 <= realism["two_sample_auc"]["mean"] <= 1
+        assert len(realism["spectrum_ratio"]) == 5
+    noisy, other = (found["realism"][f"{name}_training"] for name in ("synthetic", "held_out"))
+    assert noisy["edge_speckle_ratio"] > 1.05 > other["edge_speckle_ratio"] > 0.9, "20 HU of noise were added"
+    assert noisy["spectrum_ratio"][-1] > 1.2 > other["spectrum_ratio"][-1] > 0.8
     assert 0 < found["ms_ssim"]["synthetic"]["mean"] < 1
     assert all(": " in row["feature"] or row["feature"] == "grain" for row in found["largest_shifts"])
     page = (planted / "report.html").read_text()
@@ -136,6 +144,9 @@ class Arrays:
             "read": read_array,
             "features": lambda image, label: np.array([image.mean(), image.std(), image.max() - image.min()]),
             "feature_names": None,
+            "num_labels": 3,
+            "homogeneous_labels": [1],
+            "classifier_steps": 1,
             "limits": {"local_correlation": 0.8, "template_copy": 0.8},
             "max_pairs": 2,
             "candidates": 1,
@@ -148,7 +159,9 @@ class Arrays:
 
 def read_array(case):
     volume = np.load(case["image"])[None]
-    return {"image": 1000 * volume, "label": np.ones_like(volume), "view": volume, "inside": np.ones_like(volume)}
+    label = np.ones_like(volume)
+    label[:, 32:] = 2
+    return {"image": 1000 * volume, "label": label, "view": volume, "inside": np.ones_like(volume)}
 
 
 @pytest.fixture
@@ -178,6 +191,25 @@ def test_copies_are_found_among_the_most_similar_cases_whatever_the_template(arr
     assert found["local_correlation"]["held_out"]["p95"] < 0.2
     assert found["ms_ssim"]["training"]["pairs"] == 2
     assert found["ms_ssim"]["training"]["of"] == 3
+
+
+def test_realism_compares_a_set_with_training_cases_and_these_with_held_out_ones(arrays):
+    made, training, held_out = arrays
+    copies = [made.synthetic(f"copy_{k}", smooth_volume(k), training[0]) for k in range(3)]
+    found = made.measure(copies, training, held_out)["realism"]
+    assert found.keys() == {"synthetic_training", "held_out_training"}
+    same, other = found["synthetic_training"], found["held_out_training"]
+    assert same["edge_speckle_ratio"] == pytest.approx(1, abs=1e-6)
+    assert same["spectrum_ratio"] == pytest.approx([1] * 5, abs=1e-6)
+    assert other["edge_speckle_ratio"] != pytest.approx(1, abs=1e-6)
+    rng = np.random.default_rng(0)
+    noisy = [
+        made.synthetic(f"noisy_{k}", smooth_volume(k) + rng.normal(0, 0.05, (64,) * 3), training[0]) for k in range(3)
+    ]
+    spoilt = made.measure(noisy, training, held_out)["realism"]
+    assert spoilt["synthetic_training"]["edge_speckle_ratio"] > 3
+    assert spoilt["synthetic_training"]["spectrum_ratio"][-1] > 10
+    assert spoilt["held_out_training"] == other
 
 
 def test_features_of_users_are_used_and_checked(arrays):
