@@ -117,7 +117,9 @@ class RandTemplatePaird(Randomizable, Transform):
             return sample_cubic(volume, crop(target_at, centre)) if self._deformed else crop(volume, centre)
 
         target_label = sample_labels(label, crop(target_at, centre)) if self._deformed else crop(label, centre)
-        scan = {"scan": target(structure + as_batch(item.pop("grain")))[0]} if "grain" in item else {}
+        scan: dict[Hashable, Any] = (
+            {"scan": target(structure + as_batch(item.pop("grain")))[0]} if "grain" in item else {}
+        )
         statistics = label_statistics(structure, label, len(shift))
         fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
         return {

@@ -123,7 +123,8 @@ class DiffusionLoss:
             self._add(t, self.network(noise.to(residual), times, context, residual), edge)
 
     def _add(self, t: int, prediction: Prediction, edge: torch.Tensor) -> None:
-        velocity, wanted = (crop_to(part, edge.shape[2:]) for part in (prediction.velocity, prediction.wanted))
+        parts = (prediction.velocity, prediction.wanted)
+        velocity, wanted = (crop_to(part, edge.shape[2:]) for part in parts if part is not None)
         for name, where in (("edge", edge), ("elsewhere", ~edge)):
             squares = [(part.square() * where).sum(dtype=torch.float64) for part in (velocity - wanted, wanted)]
             key = f"remaining_{name}_{t}"

@@ -103,7 +103,7 @@ class AddGraind(Transform):
         if factor < 0:
             raise ValueError(f"grain: must be 0 (none) or more, 1 for that of the template, got {factor}")
         self.key, self.factor, self.seed = key, factor, seed
-        self.hu_range, self.structure_key = tuple(hu_range), structure_key
+        (self.lowest_hu, self.highest_hu), self.structure_key = hu_range, structure_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Put grain on one item."""
@@ -115,8 +115,8 @@ class AddGraind(Transform):
             unit_grain=draw_grain(as_batch(data["grain_kernel"])[0, 0].cpu().numpy(), white),
             local_sd_hu=strength,
             noise_sd_hu=self.factor * float(data["noise_sd"]),
-        ).clip(*self.hu_range)
-        kept = {} if self.structure_key is None else {self.structure_key: data[self.key]}
+        ).clip(self.lowest_hu, self.highest_hu)
+        kept: dict[Hashable, Any] = {} if self.structure_key is None else {self.structure_key: data[self.key]}
         return {**data, self.key: on_grid_of(torch.from_numpy(image)[None, None], data[self.key]), **kept}
 
 

@@ -34,9 +34,9 @@ def edge_speckle(image: NDArray, label: NDArray) -> float:
         label: (H, W, D) ids.
     """
     cube = np.ones((3, 3, 3))
-    box = tuple(
-        slice(max(axis.min() - 2, 0), axis.max() + 3) for axis in np.nonzero(label)
-    ) if label.any() else (slice(None),) * 3
+    if not label.any():
+        return float("nan")
+    box = tuple(slice(max(axis.min() - 2, 0), axis.max() + 3) for axis in np.nonzero(label))
     ids, values = label[box], np.asarray(image[box], dtype=np.float32)
     edge = ndimage.maximum_filter(ids, footprint=cube) != ndimage.minimum_filter(ids, footprint=cube)
     if not edge.any():
@@ -117,7 +117,7 @@ def _auc_of_fold(patches: torch.Tensor, made: torch.Tensor, trained: torch.Tenso
         network.eval()
         with torch.no_grad():
             scores = torch.cat([network(part.float())[:, 0] for part in patches[~trained].split(64)])
-    return float(compute_roc_auc(scores, made[~trained].float()))
+    return float(np.asarray(compute_roc_auc(scores, made[~trained].float())))
 
 
 def two_sample_auc(

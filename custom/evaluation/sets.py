@@ -100,8 +100,9 @@ def _gather(
         thumbnails.append((small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-9))
         np.savez(folder / str(index), view=view.astype(np.float16), heart=inside > 0)
     images = [str(case["image"]) for case in cases]
-    arrays = [np.array(values) for values in (vectors, thumbnails, speckle, spectra)]
-    return _Volumes(images, *arrays, patches, folder)
+    return _Volumes(
+        images, np.array(vectors), np.array(thumbnails), np.array(speckle), np.array(spectra), patches, folder
+    )
 
 
 def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:

@@ -141,8 +141,8 @@ def grain_kernel(grain_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
     if sd < _ROUND_OFF_HU:
         return kernel
     power = power_spectrum(np.clip(grain_hu, -_CLIPPED_AT * sd, _CLIPPED_AT * sd), inside)
-    kernel = np.fft.fftshift(np.fft.irfftn(np.sqrt(power), kernel.shape))
-    return (kernel / np.linalg.norm(kernel)).astype(np.float32)
+    impulse = np.fft.fftshift(np.fft.irfftn(np.sqrt(power), kernel.shape))
+    return (impulse / np.linalg.norm(impulse)).astype(np.float32)
 
 
 def local_sd(grain_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
