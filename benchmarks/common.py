@@ -12,9 +12,11 @@ from typing import Any
 import monai
 import numpy as np
 import torch
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, MeasureGraind, SplitNoised
 from custom.runs.weights import LoadWeights
 from custom.volumes.anatomy import Anatomy
 from monai.bundle import ConfigParser
+from monai.transforms import Compose
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +58,19 @@ def machine() -> dict[str, Any]:
 def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Metrics of an evaluation but for those that are not defined, which JSON holds as null."""
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def template_chain(labels: Sequence[int], spacing_mm: Sequence[float]) -> Compose:
+    """What inference.json makes of a template: split into structure and grain, measured, aligned to the target."""
+    keys = {"image_key": "template_image", "label_key": "template_label"}
+    return Compose(
+        [
+            SplitNoised(**keys),
+            MeasureGraind(**keys),
+            LabelStatisticsd(**keys, num_labels=ANATOMY.num_labels),
+            AlignTemplated(labels=labels, spacing_mm=spacing_mm),
+        ]
+    )
 
 
 def trained_renderer(ckpt_dir: str, **overrides: Any) -> ConfigParser:

@@ -42,6 +42,7 @@ MASKS, CALIBRATION, WORST_SHARE = 32, 8, 0.25
 GENERATOR_OPTIONS = {
     "spacing_mm": SPACING,
     "roi_size": [40, 40, 40],
+    "batch_size": 2,
     "samples_per_epoch": 40,
     "max_epochs": 12,
     "val_interval": 12,

@@ -22,6 +22,7 @@ from custom.geometry.deformation import exponentiate, identity_coordinates, rand
 from custom.runs.files import write_json
 from custom.volumes.intensity import label_statistics, noise_sd
 from custom.volumes.pictures import save_sheet
+from monai.transforms import Compose
 from scipy import ndimage
 
 CUBE = np.ones((3, 3, 3), dtype=bool)
@@ -76,7 +77,7 @@ def ghost_step(image: np.ndarray, label: np.ndarray, template_label: np.ndarray)
 
 
 def measure(image: np.ndarray, item: dict, template: np.ndarray, template_label: np.ndarray) -> dict:
-    """All figures of one rendering on the model's grid, against the unaligned template."""
+    """All figures of one rendering on the model's grid, against the unaligned scan of the template."""
     label = item["label"][0].numpy().round().astype(np.int64)
     means = label_statistics(torch.from_numpy(image), torch.from_numpy(label), 11)[:, 0]
     reference = item["statistics"][:, 0]
@@ -108,9 +109,9 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
     deformed = deformed_mask(Path(pair["label"]), work / "cta_deformed.nii.gz")
     masks = [str(m) for m in (data / "visible_human_heart_F/label_1mm.nii.gz", deformed) if m.exists()]
     parser = trained_renderer(ckpt_dir, target_masks=masks, templates=[pair], output_dir=str(work / "rendered"))
-    network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
+    network, inferer, finish = (parser.get_parsed_content(name) for name in ("network_def", "inferer", "finish"))
     preprocessing = parser.get_parsed_content("preprocessing")
-    template = preprocessing(
+    template = Compose(parser.get_parsed_content("read"))(
         {"label": pair["label"], "case": "itself", "template_image": pair["image"], "template_label": pair["label"]}
     )
     template_image = template["template_image"][0].numpy()
@@ -118,7 +119,8 @@ def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
     results, rows = {}, []
     for case in parser.get_parsed_content("cases"):
         item = preprocessing(case)
-        image = inferer(item["context"][None], network, [case["case"]])[0, 0].numpy()
+        structure = inferer(item["context"][None], network, [case["case"]])[0]
+        image = finish({**item, "pred": structure})["pred"][0].numpy()
         results[case["case"]] = measure(image, item, template_image, template_label)
         rows += [(case["case"], image, item["label"][0].numpy())]
         print(case["case"], results[case["case"]])

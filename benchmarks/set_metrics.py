@@ -17,6 +17,7 @@ import fire
 import nibabel as nib
 import numpy as np
 from common import RESULTS, TRAIN_CONFIG, machine
+from custom.evaluation.realism import BANDS
 from custom.evaluation.rendering import texture_correlation
 from custom.runs.files import write_json
 from custom.volumes.cases import load_cases
@@ -62,7 +63,16 @@ def figures(measures: dict[str, Any]) -> list[tuple[str, float, float]]:
     """Figures of a set, each beside the same of real cases."""
     kernel, copied = measures["kernel_distance"], measures["memorisation"]
     ssim, correlation = measures["ms_ssim"], measures["local_correlation"]
+    made, floor = (measures["realism"][f"{name}_training"] for name in ("synthetic", "held_out"))
     return [
+        ("edge speckle ratio", made["edge_speckle_ratio"], floor["edge_speckle_ratio"]),
+        *(
+            (f"spectrum ratio {low} to {high}", *ratios)
+            for low, high, *ratios in zip(
+                BANDS, BANDS[1:], made["spectrum_ratio"], floor["spectrum_ratio"], strict=False
+            )
+        ),
+        ("two-sample AUC", made["two_sample_auc"]["mean"], floor["two_sample_auc"]["mean"]),
         ("kernel distance", kernel["synthetic_training"]["value"], kernel["training_held_out"]["value"]),
         ("MS-SSIM", ssim["synthetic"]["mean"], ssim["training"]["mean"]),
         ("distance ratio", copied["distance_ratio"]["p50"], copied["distance_ratio_of_held_out"]["p50"]),
@@ -87,7 +97,7 @@ def main(dataset_dir: str, synthetic_dir: str, work_dir: str, copies: int = 10) 
     for name, r in results.items():
         print(f"{name}, {r['cases']['synthetic']} cases, {len(r['near_duplicates'])} near duplicates; the real cases:")
         for key, own, real in figures(r):
-            print(f"    {key:20s} {own:10.3g} {real:10.3g}")
+            print(f"    {key:26s} {own:10.3g} {real:10.3g}")
     write_json(RESULTS / "set_metrics.json", {"machine": machine(), "sets": results})
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import fire
 import numpy as np
 import torch
-from common import PICTURES, RESULTS, machine, trained_renderer
-from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from common import PICTURES, RESULTS, machine, template_chain, trained_renderer
+from custom.diffusion.transforms import PaintPriord
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.intensity import label_statistics
@@ -51,19 +51,16 @@ def blood_dice(image: np.ndarray, label: np.ndarray, statistics: np.ndarray) -> 
 def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
     """Render, measure, draw; write template_following .json to benchmarks/results and .png to docs/pictures."""
     parser = trained_renderer(ckpt_dir)
-    network, inferer = parser.get_parsed_content("network_def"), parser.get_parsed_content("inferer")
-    prepare = [
-        LabelStatisticsd("template_image", "template_label", num_labels=11),
-        AlignTemplated(labels=LABELS, spacing_mm=[SPACING_MM] * 3),
-        PaintPriord(nominal_hu=parser.get_parsed_content("labels").nominal_hu, thin_labels=[VESSEL]),
-    ]
+    network, inferer, finish = (parser.get_parsed_content(name) for name in ("network_def", "inferer", "finish"))
+    guide = template_chain(LABELS, [SPACING_MM] * 3)
+    paint = PaintPriord(nominal_hu=parser.get_parsed_content("labels").nominal_hu, thin_labels=[VESSEL])
 
     def render(label: np.ndarray, image: np.ndarray, own: np.ndarray) -> np.ndarray:
         volumes = {"label": label, "template_image": image, "template_label": own}
         item: dict[str, Any] = {k: torch.from_numpy(v.astype(np.float32))[None] for k, v in volumes.items()}
-        for transform in prepare:
-            item = transform(item)  # type: ignore[assignment]
-        return inferer(item["context"][None], network, ["template_following"])[0, 0].numpy()
+        item = paint(guide({**item, "case": "template_following"}))  # type: ignore[assignment]
+        item["pred"] = inferer(item["context"][None], network, [item["case"]])[0]
+        return finish(item)["pred"][0].numpy()
 
     subjects = [subject(index) for index in range(templates)]
     _, target = subject(1000)

@@ -21,12 +21,13 @@ from unittest import mock
 import fire
 import numpy as np
 import torch
-from common import ANATOMY, RESULTS, ROOT, TRAIN_CONFIG, machine
+from common import ANATOMY, RESULTS, ROOT, TRAIN_CONFIG, machine, template_chain
+from custom.diffusion import network as network_module
 from custom.diffusion import sampler, training
 from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.pairs import RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord
+from custom.diffusion.transforms import AddGraind, PaintPriord
 from custom.evaluation.rendering import MEASURES, Rendering, texture_correlation
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
@@ -49,13 +50,13 @@ COLUMNS = {
 }
 # Without a prior the network diffuses the whole image, whose spread is about four times that of a residual.
 NO_PRIOR = {"use_prior": False, "residual_unit_hu": 400.0}
+STRENGTHS = {"": 1.0, ", mean": 0.0}  # what is appended to the name of an arm, and its `sample_strength`
 ARMS: dict[str, dict[str, Any]] = {
     "mask only": {"mode_prob": [0.0, 1.0, 0.0], **NO_PRIOR},
     "+ template inputs": NO_PRIOR,
     "+ prior (default)": {},
-    "+ correspondence attention": {"network_def#correspondence_channels": 16},
-    "- preconditioning": {"no_sigma": True},
     "- thin-label weight": {"thin_weight": 1.0},
+    "- edge weight": {"edge_weight": 1.0},
     "templates of other subjects": {"other_subject": True},
 }
 
@@ -65,7 +66,7 @@ def residual_unit(arm: dict[str, Any]) -> Iterator[None]:
     """The unit of the residual, where it is made and where it is undone, is that of an arm; else it is a constant."""
     unit = arm.get("residual_unit_hu", RESIDUAL_UNIT_HU)
     with ExitStack() as stack:
-        for module in (training, sampler):
+        for module in (training, sampler, network_module):
             stack.enter_context(mock.patch.object(module, "RESIDUAL_UNIT_HU", unit))
         yield
 
@@ -78,7 +79,7 @@ class OtherSubject:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         other = self.pair(random.choice(self.pool))
-        keys = ("template_image", "template_label", "statistics", "grain_sd")
+        keys = ("template_image", "template_label", "statistics")
         return {**item, **{key: other[key] for key in keys}}
 
 
@@ -86,21 +87,18 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
     """The shipped training config at benchmark size, without logging and validation."""
     parser = ConfigParser()
     parser.read_config(str(TRAIN_CONFIG))
-    overrides = {k: v for k, v in overrides.items() if k not in ("no_sigma", "other_subject", "residual_unit_hu")}
+    overrides = {k: v for k, v in overrides.items() if k not in ("other_subject", "residual_unit_hu")}
     small = {
         "bundle_root": str(TRAIN_CONFIG.parent.parent),
         "dataset_dir": dataset_dir,
         "output_dir": str(work_dir),
         "seed": seed,
         "spacing_mm": [2.0, 2.0, 2.0],
-        "roi_size": [40, 40, 40],
-        "roi_margin": 12,
-        "network_def#channels": [16, 32, 64],
-        "samples_per_epoch": 50,
+        "samples_per_epoch": 100,
         "max_epochs": steps // 25,
     }
     parser.update({**small, **overrides})
-    kept = ("existing_handler", "SeedEachEpoch", "MeasureResidual", "TrackResidual", "LrScheduleHandler")
+    kept = ("existing_handler", "SeedEachEpoch", "MomentsFirst", "ClipGradients", "LrScheduleHandler")
     handlers = [h for h in parser["train"]["handlers"] if h["_target_"].split(".")[-1] in kept]
     parser["train"]["handlers"] = handlers
     parser.parse()
@@ -109,9 +107,6 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
 
 def train(parser: ConfigParser, arm: dict[str, Any]) -> torch.nn.Module:
     """Train one arm and return its averaged network."""
-    if arm.get("no_sigma"):
-        parser["train"]["handlers"] = [h for h in parser["train"]["handlers"] if "Measure" not in h["_target_"]]
-        parser.parse(True)
     set_determinism(parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")
     if arm.get("other_subject"):
@@ -138,15 +133,14 @@ class _Crops:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.dataset._cache[index])
+        item = {key: value for key, value in self.dataset._cache[index].items() if key != "grain"}
         return self.crop(item)[0]
 
 
 def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
     """Held-out phantoms, each with another anatomy in the same appearance as its template, used as in inference."""
     spacing_mm = parser.get_parsed_content("spacing_mm")
-    statistics = LabelStatisticsd("template_image", "template_label", num_labels=ANATOMY.num_labels)
-    align = AlignTemplated(labels=[1, 2, 3, 4, 5, 6, 7], spacing_mm=spacing_mm)
+    guide = template_chain([1, 2, 3, 4, 5, 6, 7], spacing_mm)
     pairs = []
     for case in range(cases):
         target, template = (
@@ -160,7 +154,7 @@ def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
             "template_label": template.label,
         }
         item = {key: torch.from_numpy(volume.astype(np.float32))[None] for key, volume in volumes.items()}
-        pairs.append(align(statistics({**item, "case": f"test_{case}"})))
+        pairs.append(guide({**item, "case": f"test_{case}"}))
     return pairs
 
 
@@ -173,18 +167,19 @@ def measure(rendered: np.ndarray, pair: dict[str, Any]) -> dict[str, float]:
 
 
 def evaluate(
-    network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[str, Any], picture: Path
+    network: torch.nn.Module, pairs: list[dict[str, Any]], arm: dict[str, Any], strength: float, picture: Path
 ) -> dict[str, float]:
-    """Mean columns over the held-out cases; draws the first case."""
+    """Mean columns over the held-out cases, rendered with a `sample_strength`; draws the first case."""
     mode = "mask_only" if arm.get("mode_prob") else "template"
     paint = PaintPriord(
         nominal_hu=ANATOMY.nominal_hu, mode=mode, thin_labels=VESSEL, use_prior=arm.get("use_prior", True)
     )
-    inferer = StructDiffInferer(10)
+    inferer, finish = StructDiffInferer(10, sample_strength=strength), AddGraind()
     rows = []
     for pair in pairs:
         item = paint(pair)
-        rendered = inferer(item["context"][None], network, [pair["case"]])[0, 0].numpy()
+        item["pred"] = inferer(item["context"][None], network, [pair["case"]])[0]
+        rendered = finish(item)["pred"][0].numpy()
         rows.append(measure(rendered, pair))
         if len(rows) == 1:
             label = pair["label"][0].numpy()
@@ -197,13 +192,10 @@ def evaluate(
 
 
 def painted(pairs: list[dict[str, Any]]) -> dict[str, float]:
-    """The no-network baseline: the prior itself with white noise of the template's level."""
-    rows = []
-    for index, pair in enumerate(pairs):
-        item = PaintPriord(nominal_hu=ANATOMY.nominal_hu)(pair)
-        prior = item["prior"][0].numpy()
-        noise = np.random.default_rng(index).normal(0, float(pair["grain_sd"]), prior.shape)
-        rows.append(measure(prior + noise, pair))
+    """The no-network baseline: the prior itself with the template's grain."""
+    paint, finish, rows = PaintPriord(nominal_hu=ANATOMY.nominal_hu), AddGraind("prior"), []
+    for pair in pairs:
+        rows.append(measure(finish(paint(pair))["prior"][0].numpy(), pair))
     return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -214,13 +206,16 @@ def main(
     seeds: int = 3,
     cases: int = 4,
 ) -> None:
-    """Train and evaluate all arms; print the table and write benchmarks/results/template_guidance.json."""
+    """Train and evaluate all arms, as full samples and as predicted means, both with the template's grain.
+
+    Prints the table and writes benchmarks/results/template_guidance.json.
+    """
     work = Path(work_dir)
     pairs = test_pairs(build(dataset_dir, work, steps, 0, {}), cases)
     truth = [measure(p["image"][0].numpy(), p) for p in pairs]
     table: dict[str, Any] = {
         "true image (ceiling)": [{k: float(np.nanmean([row[k] for row in truth])) for k in truth[0]}],
-        "painted prior + white noise, no network": [painted(pairs)],
+        "painted prior + grain, no network": [painted(pairs)],
     }
     for seed in range(seeds):
         for name, arm in ARMS.items():
@@ -229,9 +224,16 @@ def main(
                 start = time.perf_counter()
                 with residual_unit(arm):
                     network = train(build(dataset_dir, work, steps, seed, arm), arm)
-                    row = evaluate(network, pairs, arm, cached.with_suffix(".png"))
-                write_json(cached, {**row, "seconds": time.perf_counter() - start})
-            table.setdefault(name, []).append(json.loads(cached.read_text()))
+                    seconds = time.perf_counter() - start
+                    found = {
+                        suffix: evaluate(
+                            network, pairs, arm, strength, cached.with_name(f"{cached.stem}{suffix[2:]}.png")
+                        )
+                        for suffix, strength in STRENGTHS.items()
+                    }
+                write_json(cached, {suffix: {**row, "seconds": seconds} for suffix, row in found.items()})
+            for suffix, row in json.loads(cached.read_text()).items():
+                table.setdefault(name + suffix, []).append(row)
             logger.info("%s seed %d: %s", name, seed, table[name][-1])
     summary = {
         name: {

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom.diffusion.network import StructDiffUNet
 from custom.phantom.cohort import make
-from helpers import BUNDLE, SEG_BUNDLE, workflow_of
+from helpers import BUNDLE, SEG_BUNDLE, network_of_prior, workflow_of
 from monai.bundle import ConfigWorkflow
 
 
@@ -23,11 +22,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a network that adds 10 HU of noise to the prior: enough to see where things land."""
-    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
-    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
+    """Weights of a network that renders the prior and 10 HU of noise: enough to see where things land."""
     directory = tmp_path_factory.mktemp("weights")
-    torch.save(network.state_dict(), directory / "model.pt")
+    torch.save(network_of_prior().state_dict(), directory / "model.pt")
     return directory
 
 

@@ -15,6 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.diffusion.context import Context
+from custom.diffusion.network import StructDiffUNet
 from custom.geometry.topology import betti_numbers, components_touching
 from custom.geometry.vessels import VesselTree, draw
 from custom.volumes.anatomy import Anatomy
@@ -39,10 +41,21 @@ TINY_TRAINING = {
     "roi_margin": 8,
     "samples_per_epoch": 4,
     "max_epochs": 2,
+    "moments_epochs": 1,
     "val_interval": 1,
     "val_cases": 1,
     "sampling_steps": 2,
 }
+
+
+def network_of_prior(sigma: float = 0.1, channels: tuple[int, ...] = (8, 8)) -> StructDiffUNet:
+    """An untrained network of `TINY`: its mean is the prior, its U-Net silent, its deviation `sigma` (100 HU each)."""
+    network = StructDiffUNet(num_labels=11, channels=channels, condition_channels=4)
+    assert not any(part.out[-1].conv.weight.any() for part in (network.regressor, network.unet))
+    with torch.no_grad():
+        untrained = network.encode(Context.absent(torch.zeros(1, 1, 8, 8, 8)).stacked()).sigma
+        network.regressor.out[-1].conv.bias[8:] += torch.log(sigma / untrained[0, :, 0, 0, 0])
+    return network
 
 
 LOCK = """

@@ -5,8 +5,8 @@ Independent implementation from the abstract of StructDiff (arXiv 2503.09560); t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from custom.diffusion.context import IMAGE_UNIT_HU, RESIDUAL_UNIT_HU, Context
@@ -151,6 +151,19 @@ class StructDiffUNet(nn.Module):
         schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.alphas_cumprod: torch.Tensor
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """As of any module.
+
+        Raises:
+            ValueError: for weights of version 0.3.0 and older, whose network was another.
+        """
+        if any(name.startswith("moments.") for name in state_dict):
+            raise ValueError(
+                "these weights were trained by version 0.3.0 or older, for another network; train anew, or download "
+                "the bundle of this version"
+            )
+        return super().load_state_dict(state_dict, *args, **options)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.amp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from custom.diffusion.noise import case_noise
 from custom.volumes.grids import crop_to, on_device, pad_to_multiple
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents, PrepareBatch
+
+logger = logging.getLogger(__name__)
 
 
 def scaled_residual(
@@ -67,7 +70,7 @@ class MomentsFirst:
 
     Args:
         network: the bare network.
-        epochs: so many.
+        epochs: so many; where a run has no more, a warning says that its U-Net stays untrained.
     """
 
     def __init__(self, network: StructDiffUNet, *, epochs: int) -> None:
@@ -75,7 +78,18 @@ class MomentsFirst:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self.warn)
         engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def warn(self, engine: Engine) -> None:
+        """Look at the length of the run."""
+        if self.epochs >= engine.state.max_epochs:  # type: ignore[operator]
+            logger.warning(
+                "moments_epochs %d of max_epochs %d: the U-Net is not trained; lower it, or render with "
+                "`sample_strength` 0, the mean",
+                self.epochs,
+                engine.state.max_epochs,
+            )
 
     def __call__(self, engine: Engine) -> None:
         """Switch."""

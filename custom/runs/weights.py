@@ -115,6 +115,8 @@ class LoadWeights:
             )
         try:
             self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except ValueError as error:  # of a network that knows what these are
+            raise ValueError(f"{self.path}: {error}") from error
         except UNREADABLE as error:
             raise ValueError(
                 f"{self.path}: these are not weights of the configured network ({last_line(error)}); "

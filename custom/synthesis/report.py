@@ -104,6 +104,25 @@ def _case_rows(records: Sequence[Record]) -> list[list[Any]]:
     return rows
 
 
+def _realism_rows(realism: Mapping[str, Any] | None) -> list[list[Any]]:
+    """How far the set, and held-out cases in its place, can be told from training cases; sets before 0.4 lack it."""
+    if realism is None:
+        return []
+    both = [realism["synthetic_training"], realism["held_out_training"]]
+    farthest = [
+        max((r for r in part["spectrum_ratio"] if r is not None), key=lambda ratio: abs(ratio - 1), default=None)
+        for part in both
+    ]
+    return [
+        ["speckle at edges, ratio to training cases", *(part["edge_speckle_ratio"] for part in both)],
+        ["spectrum inside labels, ratio to training cases, farthest band", *farthest],
+        [
+            "AUC of a network that tells patches from those of training cases",
+            *(p["two_sample_auc"]["mean"] for p in both),
+        ],
+    ]
+
+
 def _set_section(measures: Mapping[str, Any]) -> dict[str, Any]:
     """What `custom.evaluation.sets.measure_set` wrote, as tables."""
     kernel, ratios, ssim = (measures[key] for key in ("kernel_distance", "memorisation", "ms_ssim"))
@@ -119,6 +138,7 @@ def _set_section(measures: Mapping[str, Any]) -> dict[str, Any]:
             correlation["synthetic"]["p95"],
             correlation["held_out"]["p95"],
         ],
+        *_realism_rows(measures.get("realism")),
     ]
     return {
         "counts": measures["cases"],

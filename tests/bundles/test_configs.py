@@ -23,9 +23,14 @@ def test_the_label_map_is_one_table_in_every_complete_config(block):
     assert all(value == values[0] for value in values)
 
 
-@pytest.mark.parametrize("name", ["multi_gpu_train.json", "logging.conf"])
-def test_files_that_stand_in_both_bundles_are_the_same(name):
-    first, second = ((bundle / "configs" / name).read_bytes() for bundle in (BUNDLE, SEG_BUNDLE))
+def test_files_that_stand_in_both_bundles_are_the_same():
+    first, second = ((bundle / "configs/logging.conf").read_bytes() for bundle in (BUNDLE, SEG_BUNDLE))
+    assert first == second
+    first, second = (
+        json.loads((bundle / "configs/multi_gpu_train.json").read_text()) for bundle in (BUNDLE, SEG_BUNDLE)
+    )
+    unused = first["network"].pop("find_unused_parameters")
+    assert unused == "$@moments_epochs > 0", "while moments are trained alone, the U-Net of the generator is idle"
     assert first == second
 
 

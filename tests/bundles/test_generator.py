@@ -13,9 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from custom.diffusion.context import Context
 from custom.volumes.anatomy import Anatomy
 from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_target
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from scipy import ndimage
 
 SHARED_BLOCKS = ("anatomy", "label_mapping", "labels", "spacing_mm", "amp", "network_def")
@@ -29,8 +31,7 @@ def render(workflow, masks, template, output_dir, weights, **overrides):
         templates=[template],
         output_dir=str(output_dir),
         ckpt_dir=str(weights),
-        sampling_steps=2,
-        **{**TINY, **overrides},
+        **{**TINY, "sampling_steps": 2, **overrides},
     )
     run.run()
     run.finalize()
@@ -77,9 +78,11 @@ def test_training_writes_everything_it_promises(workflow, cohort, tmp_path):
     assert {"label_mean_score", "grain_ratio", "vessel_contrast_ratio", "vessel_cl_dice"} <= set(rows[0])
     assert (tmp_path / "previews/epoch_0002.png").stat().st_size > 10_000
     assert (tmp_path / "mlflow.db").exists()
-    state = torch.load(tmp_path / "models/model.pt", weights_only=True)
-    assert bool(state["moments.measured"]), "the residual was not measured"
-    assert not bool((state["moments.table"][0] == 1).all()), "the measured table was not kept"
+    times = (200, 400, 600, 800)
+    assert {f"remaining_{place}_{t}" for place in ("edge", "elsewhere") for t in times} <= set(rows[0])
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)["network"]
+    last_layers = [state[f"{part}.out.2.conv.weight"] for part in ("regressor", "unet")]
+    assert all(bool(layer.any()) for layer in last_layers), "both networks start at zero and must have been trained"
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -213,6 +216,73 @@ def test_weights_of_another_preset_are_named(workflow, cohort, tmp_path, weights
             weights,
             **{"network_def#channels": [8, 16]},
         )
+
+
+def test_weights_of_an_older_network_are_refused_with_what_to_do(workflow, cohort, tmp_path, weights):
+    state = torch.load(weights / "model.pt", weights_only=True)
+    torch.save({**state, "moments.table": torch.ones(3, 6, 8)}, tmp_path / "model.pt")
+    with fails_with(f"{tmp_path}/model.pt: these weights were trained by version 0.3.0 or older, for another"):
+        render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path / "out", tmp_path)
+
+
+def volume_in(path):
+    return np.asarray(nib.load(path).dataobj).astype(np.float32)
+
+
+def test_grain_is_put_on_a_structure_that_can_be_kept(workflow, cohort, tmp_path, weights):
+    mask, name = cohort / "labels/subject_003.nii.gz", "subject_003_from_subject_000.nii.gz"
+    inside = ndimage.binary_erosion(np.isin(volume_in(mask), (2, 3, 4, 5)), iterations=2)
+
+    def rendered(folder, **options):
+        options = {"sample_strength": 0.0, "save_structure": True, **options}
+        render(workflow, [mask], template_of(cohort), tmp_path / folder, weights, **options)
+        return [volume_in(tmp_path / folder / place / name) for place in ("", "structure")]
+
+    smooth, of_smooth = rendered("smooth", grain=0.0)
+    np.testing.assert_array_equal(smooth, of_smooth)
+    whole, of_whole = rendered("whole")
+    np.testing.assert_array_equal(of_whole, of_smooth)
+    half, _ = rendered("half", grain=0.5)
+    ratio = (half - of_whole)[inside].std() / (whole - of_whole)[inside].std()
+    assert 0.35 < ratio < 0.65, "half the grain"
+    sample, _ = rendered("sample", grain=0.0, sample_strength=1.0)
+    assert 3 < (sample - smooth)[inside].std() < 15, "10 HU of remainder, resampled"
+    render(workflow, [mask], template_of(cohort), tmp_path / "plain", weights)
+    assert not (tmp_path / "plain/structure").exists()
+
+
+def test_without_a_template_there_is_no_grain_and_the_image_is_the_structure(workflow, cohort, tmp_path, weights):
+    mask = cohort / "labels/subject_003.nii.gz"
+    render(workflow, [mask], template_of(cohort), tmp_path, weights, mode="mask_only", save_structure=True)
+    assert (tmp_path / "subject_003.nii.gz").is_file()
+    assert not (tmp_path / "structure").exists()
+
+
+@pytest.mark.parametrize("preset", [[], ["preset_demo.json"], ["preset_full.json"]], ids=str)
+def test_crops_of_every_preset_fit_the_network_without_padding(preset):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.json", *preset)])
+    multiple = 2 ** len(parser.get_parsed_content("network_def#channels"))
+    assert parser.get_parsed_content("network_def").size_multiple == multiple
+    assert [n % multiple for n in parser.get_parsed_content("roi_size")] == [0, 0, 0]
+    assert 0 < parser.get_parsed_content("moments_epochs") < parser.get_parsed_content("max_epochs")
+
+
+def test_the_metadata_name_the_channels_of_the_context():
+    data_format = json.loads((CONFIGS / "metadata.json").read_text())["network_data_format"]
+    context = data_format["inputs"]["context"]
+    assert context["num_channels"] == len(context["channel_def"]) == len(Context._fields)
+    for name, field in zip(context["channel_def"].values(), Context._fields, strict=True):
+        assert name.replace(" ", "_") == field.removesuffix("_hu")
+
+
+def test_a_training_of_moments_alone_says_so(workflow, cohort, tmp_path, capsys):
+    options = {**TINY_TRAINING, "max_epochs": 1, "moments_epochs": 3, "val_interval": 0, "output_dir": str(tmp_path)}
+    workflow("train.json", dataset_dir=str(cohort), ckpt_dir=str(tmp_path / "models"), **options).run()
+    assert "moments_epochs 3 of max_epochs 1: the U-Net is not trained" in capsys.readouterr().out
+    state = torch.load(tmp_path / "models/model.pt", weights_only=True)
+    trained = {part: bool(state[f"{part}.out.2.conv.weight"].any()) for part in ("regressor", "unet")}
+    assert trained == {"regressor": True, "unet": False}
 
 
 def test_missing_weights_are_named(workflow, cohort, tmp_path):

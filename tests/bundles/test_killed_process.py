@@ -13,8 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from custom.diffusion.network import StructDiffUNet
-from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING
+from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, network_of_prior
 
 KILLS = 5
 START_SECONDS = 4.0
@@ -75,9 +74,7 @@ def the_same_volumes(config: str, run_id: str, overrides: dict, folder: Path) ->
 
 @pytest.mark.slow
 def test_sampling_killed_at_random_moments_leaves_whole_files_and_the_same_volumes(cohort, tmp_path):
-    network = StructDiffUNet(num_labels=11, channels=(8, 8), condition_channels=4)
-    network.moments.set_table(torch.full_like(network.moments.table, 0.1))
-    torch.save(network.state_dict(), tmp_path / "model.pt")
+    torch.save(network_of_prior().state_dict(), tmp_path / "model.pt")
     template = {key: str(cohort / f"{key}s/subject_000.nii.gz") for key in ("image", "label")}
     overrides = {
         **TINY,

@@ -99,7 +99,7 @@ def interrupted(cohort, tmp_path_factory):
 
 CHANGES = {
     "seed": (5, "seed 0, now 5"),
-    "batch_size": (1, "batch_size 2, now 1"),
+    "batch_size": (1, "batch_size "),
     "samples_per_epoch": (6, "samples_per_epoch 4, now 6"),
     "roi_margin": (4, "roi_margin 8, now 4"),
     "roi_size": ([8, 8, 16], "roi_size ["),
@@ -109,7 +109,16 @@ CHANGES = {
     "val_interval": (2, "val_interval 1, now 2"),
 }
 OWN_CHANGES = {
-    BUNDLE: {"sampling_steps": (3, "sampling_steps 2, now 3"), "thin_weight": (2.0, "thin_weight 10.0, now 2.0")},
+    BUNDLE: {
+        "sampling_steps": (3, "sampling_steps 2, now 3"),
+        "thin_weight": (2.0, "thin_weight 10.0, now 2.0"),
+        "edge_weight": (1.0, "edge_weight 4.0, now 1.0"),
+        "clip_norm": (5.0, "clip_norm 1.0, now 5.0"),
+        "warmup_epochs": (0, "warmup_epochs 2, now 0"),
+        "moments_epochs": (0, "moments_epochs 1, now 0"),
+        "sample_strength": (0.0, "sample_strength 1.0, now 0.0"),
+        "grain": (0.0, "grain 1.0, now 0.0"),
+    },
     SEG_BUNDLE: {"intensity_hu": ([-100, 800], "intensity_hu [-200, 800], now [-100, 800]")},
 }
 

@@ -99,6 +99,41 @@ def test_everything_that_was_recorded_is_shown(tmp_path):
     assert "nan" not in words.lower()
 
 
+def test_measures_of_the_set_stand_beside_those_of_real_cases(tmp_path):
+    make_set(tmp_path)
+
+    def realism(speckle, spectrum, auc):
+        return {"edge_speckle_ratio": speckle, "spectrum_ratio": spectrum, "two_sample_auc": {"mean": auc, "sd": 0.01}}
+
+    measures = {
+        "cases": {"synthetic": 2, "training": 9, "held_out": 3},
+        "kernel_distance": {
+            f"{pair}": {"value": value}
+            for pair, value in (("training_held_out", 0.01), ("synthetic_training", 0.5), ("synthetic_held_out", 0.75))
+        },
+        "memorisation": {key: {"p50": 0.875} for key in ("distance_ratio", "distance_ratio_of_held_out")},
+        "ms_ssim": {key: {"mean": 0.625} for key in ("synthetic", "training")},
+        "local_correlation": {key: {"p95": 0.375} for key in ("synthetic", "held_out")},
+        "realism": {
+            "synthetic_training": realism(1.25, [1.0, 0.8125, None, 1.125, 1.0], 0.6875),
+            "held_out_training": realism(1.0, [None] * 5, 0.53125),
+        },
+        "largest_shifts": [],
+        "near_duplicates": [],
+    }
+    (tmp_path / "set_metrics.json").write_text(json.dumps(measures))
+    text = open(report(tmp_path), encoding="utf-8").read()
+    rows = {
+        name: re.findall(r">([^<]*)</td>", cells) for name, cells in re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", text)
+    }
+    assert rows["speckle at edges, ratio to training cases"] == ["1.25", "1.00"]
+    assert rows["spectrum inside labels, ratio to training cases, farthest band"][0] == "0.81"
+    assert rows["AUC of a network that tells patches from those of training cases"] == ["0.69", "0.53"]
+    del measures["realism"]
+    (tmp_path / "set_metrics.json").write_text(json.dumps(measures))
+    assert "AUC of a network" not in open(report(tmp_path), encoding="utf-8").read()
+
+
 def test_segmenters_stand_beside_each_other_with_their_pictures(tmp_path):
     make_set(tmp_path)
     for name, dice in (("a", 0.5), ("b", 0.75)):

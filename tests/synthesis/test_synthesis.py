@@ -29,6 +29,7 @@ def options(cohort, weights, folder):
         "contrast_shift_hu": 0.0,
         "label_shift_hu": 0.0,
         "report#tracking_uri": None,
+        "anatomy#9#plausible_hu": [0, 800],  # voxels of 3 mm: coronaries are one wide, and denoising dims them
         "gate#min_vessel_contrast": None,
         "gate#min_vessel_continuity": None,
     }
@@ -96,6 +97,8 @@ def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights,
     listed = json.loads((out / "datalist.json").read_text())
     assert len(listed["training"]) == 2
     assert listed["rejected"] == []
+    made_with = listed["provenance"]
+    assert (made_with["grain"], made_with["sample_strength"]) == (1.0, 1.0)
     for item, index in zip(listed["training"], (2, 3), strict=True):
         assert "from_subject_001" in item["image"]  # the template that the masks were made from
         image, label, trust = (nib.load(out / item[key]) for key in ("image", "label", "confidence"))
@@ -212,6 +215,8 @@ def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohor
         run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
     with fails_with("was made with calls [2], not [3]"):
         run(workflow, *CONFIGS, **{**settings, "sampling_steps": 3}, output_dir=str(tmp_path / "out"))
+    with fails_with("was made with sample_strength 1.0, not 0.0"):
+        run(workflow, *CONFIGS, **{**settings, "sample_strength": 0.0}, output_dir=str(tmp_path / "out"))
     with fails_with("was made with spacing_mm [3.0, 3.0, 3.0], not [4.0, 4.0, 4.0]"):
         run(workflow, *CONFIGS, **{**settings, "spacing_mm": [4.0] * 3}, output_dir=str(tmp_path / "out"))
     shutil.copytree(weights, tmp_path / "other")
