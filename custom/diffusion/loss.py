@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from custom.diffusion.network import Prediction
 from custom.volumes.grids import crop_to, pad_to_multiple
-from custom.volumes.haar import haar_pack
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
@@ -74,15 +73,14 @@ class StructDiffLoss(_Loss):
 
         Args:
             input: what the network predicts of a `residual`.
-            target: `residual` (B, 1, H, W, D) in residual units and `label` (B, 1, H, W, D) ids.
+            target: `label` (B, 1, H, W, D) ids.
 
         Returns:
             scalar.
         """
         weight = self.weights(pad_to_multiple(target["label"].float(), 2))
-        residual = haar_pack(pad_to_multiple(target["residual"].float(), 2))
-        mean, sigma = (crop_to(part, weight.shape[2:]) for part in (input.mean, input.sigma))
-        error = moments_loss(residual - mean, sigma)
+        error, sigma = (crop_to(part, weight.shape[2:]) for part in (input.error, input.sigma))
+        loss = moments_loss(error, sigma)
         if input.velocity is not None and input.wanted is not None:
-            error = error + crop_to((input.velocity - input.wanted).square(), weight.shape[2:])
-        return (weight * error).mean() / weight.mean()
+            loss = loss + crop_to((input.velocity - input.wanted).square(), weight.shape[2:])
+        return (weight * loss).mean() / weight.mean()

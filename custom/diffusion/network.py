@@ -18,9 +18,11 @@ from custom.volumes.haar import space_to_depth as pack_blocks
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
+from torch.nn import functional as F
 
 _IMAGE_CHANNELS = 16  # Haar bands of template and prior
 _SIGMA_RANGE = (0.01, 5.0)  # 1 to 500 HU, ours: the step in which images are written, half the step from lung to fat
+_NEAR_BLOCKS, _FADING_BLOCKS = 4, 2  # of 2 x 2 x 2 voxels, ours: partial volume and neighbours of the heart lie within
 _FIRST_SIGMA = 0.3  # where training starts, ours: about what edges leave to a mean
 
 
@@ -29,11 +31,13 @@ class Condition(NamedTuple):
 
     Attributes:
         features: (B, C, h, w, d) on the packed grid.
+        near: (B, 1, h, w, d) share of the residual that is drawn, see :func:`near_labels`.
         mean: (B, 8, h, w, d) mean of the residual, Haar bands in units of the residual.
         sigma: (B, 8, h, w, d) its standard deviation about that mean, alike.
     """
 
     features: torch.Tensor
+    near: torch.Tensor
     mean: torch.Tensor
     sigma: torch.Tensor
 
@@ -42,11 +46,11 @@ class Prediction(NamedTuple):
     """What the loss compares, each (B, 8, h, w, d) Haar bands.
 
     Attributes:
-        mean, sigma: moments of the residual.
+        error, sigma: residual less its predicted mean, and predicted standard deviation.
         velocity, wanted: of the remainder, predicted and drawn; None while the moments are trained alone.
     """
 
-    mean: torch.Tensor
+    error: torch.Tensor
     sigma: torch.Tensor
     velocity: torch.Tensor | None = None
     wanted: torch.Tensor | None = None
@@ -56,6 +60,25 @@ def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
     """(B, 1, H, W, D) ids -> (B, 8 num_labels, H/2, W/2, D/2) packed one-hot; ids outside the range give zeros."""
     ids = torch.arange(num_labels, device=label.device).view(1, -1, 1, 1, 1)
     return pack_blocks((label.round() == ids).float())
+
+
+def near_labels(context: Context) -> torch.Tensor:
+    """1 at labels of target and template and around them, 0 from 12 voxels on (ours).
+
+    Far from the heart the mask asks for nothing: what the aligned template shows there is right as it is. Without a
+    template nothing is known of anything, and the result is 1 everywhere.
+
+    Args:
+        context: of even sizes.
+
+    Returns:
+        (B, 1, h, w, d) on the packed grid.
+    """
+    labelled = ((context.target_label > 0) | (context.template_label > 0)).float()
+    around = F.max_pool3d(F.max_pool3d(labelled, 2), 2 * _NEAR_BLOCKS + 1, 1, _NEAR_BLOCKS)
+    near = F.avg_pool3d(F.pad(around, (_FADING_BLOCKS,) * 6, mode="replicate"), 2 * _FADING_BLOCKS + 1, 1)
+    absent = context.template_label.flatten(1).amax(1) < 0
+    return torch.where(absent.view(-1, 1, 1, 1, 1), 1.0, near)
 
 
 class TracedNetwork(nn.Module):
@@ -192,10 +215,11 @@ class StructDiffUNet(nn.Module):
             voxels, spread = self.regressor(seen, at_no_time).float().chunk(2, 1)
             blurred = self.point_spread(images).float() * (IMAGE_UNIT_HU / RESIDUAL_UNIT_HU)
         # In single voxels the mean is learned faster than in bands.
-        mean = haar_pack(depth_to_space(voxels + blurred))
-        sigma = (_FIRST_SIGMA * spread.exp()).clamp(*_SIGMA_RANGE)
+        near = near_labels(known)
+        mean = near * haar_pack(depth_to_space(voxels + blurred))
+        sigma = (near * _FIRST_SIGMA * spread.exp()).clamp(*_SIGMA_RANGE)
         features = torch.cat([seen.float(), mean.detach(), sigma.detach().log()], 1)
-        return Condition(features, mean, sigma)
+        return Condition(features, near, mean, sigma)
 
     def flow(self, y: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Velocity of the noisy packed remainder y, which is also its change with the angle (`formulas.angle_step`).
@@ -243,17 +267,17 @@ class StructDiffUNet(nn.Module):
             raise ValueError(
                 f"x {tuple(x.shape)} and context {tuple(context.shape)}: batch and spatial sizes must agree"
             )
-        features, mean, sigma = self.encode(context)
+        features, near, mean, sigma = self.encode(context)
         bands = haar_pack(pad_to_multiple(x.float(), self.size_multiple))
         if residual is None:
             return crop_to(haar_unpack(self.flow(bands, timesteps, features)), x.shape[2:])
+        error = near * haar_pack(pad_to_multiple(residual.float(), self.size_multiple)) - mean
         if self.moments_only:
-            return Prediction(mean, sigma)
-        packed = haar_pack(pad_to_multiple(residual.float(), self.size_multiple))
-        remainder = (packed - mean.detach()) / sigma.detach()
+            return Prediction(error, sigma)
+        remainder = error.detach() / sigma.detach()
         a, s = amplitudes(self.alphas_cumprod, timesteps, bands.ndim)
         velocity = self.flow(a * remainder + s * bands, timesteps, features)
-        return Prediction(mean, sigma, velocity, a * bands - s * remainder)
+        return Prediction(error, sigma, velocity, a * bands - s * remainder)
 
     def __prepare_scriptable__(self) -> TracedNetwork:
         """Hook of `torch.jit.script`, which cannot compile autocast and generators: makes `ckpt_export` work."""

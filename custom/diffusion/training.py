@@ -44,7 +44,7 @@ class PrepareResidualDiffusion(PrepareBatch):
         residual, context = scaled_residual(batchdata, device, non_blocking)
         noise = torch.randn_like(residual)
         timesteps = torch.randint(0, len(self.network.alphas_cumprod), (len(residual),), device=residual.device)
-        targets = {"residual": residual, "label": on_device(batchdata, "label", device, non_blocking)}
+        targets = {"label": on_device(batchdata, "label", device, non_blocking)}
         return noise, targets, (timesteps, context), {"residual": residual}
 
 
