@@ -304,6 +304,14 @@ def test_the_state_keeps_the_velocity(network):
         assert torch.equal(copy(x, t, context), network(x, t, context))
 
 
+def test_weights_of_an_older_network_are_refused_by_name_and_leave_the_own(network):
+    state = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"trained by version 0.3.0 or older, for another network; train anew, or"):
+        network.load_state_dict(state | {"moments.table": torch.ones(3, 6, 8)})
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_amp_in_bf16_stays_close_and_returns_float32(network):
     emulated = make_network(amp=True)
     emulated.load_state_dict(network.state_dict())

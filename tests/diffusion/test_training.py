@@ -106,6 +106,14 @@ def test_a_resumed_training_goes_on_with_what_its_epoch_trains(epochs, expected)
     assert epochs_of_moments(make_network(), epochs, resumed_after=2) == expected
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(4, True), (9, True), (3, False)])
+def test_a_training_that_ends_before_the_diffusion_begins_says_so(epochs, warned, caplog):
+    epochs_of_moments(make_network(), epochs)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = f"moments_epochs {epochs} of max_epochs 4: the U-Net is not trained; lower it"
+    assert [message.startswith(expected) for message in said] == [True] * warned
+
+
 # What the U-Net explains
 
 

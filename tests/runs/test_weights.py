@@ -6,6 +6,7 @@ import pytest
 import torch
 from custom.runs.files import part_of
 from custom.runs.weights import (
+    ClipGradients,
     KeepBest,
     KeepLast,
     LoadWeights,
@@ -186,6 +187,24 @@ def test_divergence_is_an_error_that_names_the_rate_and_spares_the_weights(tmp_p
     ):
         engine.run([0], max_epochs=3)
     assert weight_in(path) == 1
+
+
+@pytest.mark.parametrize(("max_norm", "factor"), [(1.0, 0.2), (5.0, 1.0), (50.0, 1.0)])
+def test_gradients_longer_than_the_norm_are_scaled_down_to_it_before_the_step(max_norm, factor):
+    """Gradients 3 and 4 of two layers, together of norm 5; a third layer has none."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False) for _ in range(3))
+    steps = []
+
+    def step(engine, batch):
+        (3 * layers[0].weight - 4 * layers[1].weight).sum().backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        steps.extend(None if layer.weight.grad is None else float(layer.weight.grad) for layer in layers)
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    ClipGradients(layers, max_norm=max_norm).attach(engine)
+    engine.run([0], max_epochs=1)
+    assert steps == [pytest.approx(3 * factor, rel=1e-4), pytest.approx(-4 * factor, rel=1e-4), None]
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
