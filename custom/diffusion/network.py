@@ -63,7 +63,7 @@ def one_hot_blocks(label: torch.Tensor, num_labels: int) -> torch.Tensor:
 
 
 def near_labels(context: Context) -> torch.Tensor:
-    """1 at labels of target and template and around them, 0 from 12 voxels on (ours).
+    """1 at labels of target and template and around them, 0 from 14 voxels on (ours).
 
     Far from the heart the mask asks for nothing: what the aligned template shows there is right as it is. Without a
     template nothing is known of anything, and the result is 1 everywhere.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.formulas import amplitudes
-from custom.diffusion.network import StructDiffUNet, one_hot_blocks
+from custom.diffusion.network import Condition, StructDiffUNet, near_labels, one_hot_blocks
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack, space_to_depth
 
@@ -91,8 +91,9 @@ def test_one_hot_blocks_leave_out_unknown_ids():
 def test_a_fresh_network_predicts_a_mean_of_zero_one_deviation_and_no_velocity():
     network, context = make_network(), make_context((8, 9, 7))
     with torch.no_grad():
-        _, mean, sigma = network.encode(context)
+        _, near, mean, sigma = network.encode(context)
         velocity = network(noise(1, 1, 8, 9, 7), torch.tensor([400]), context)
+    assert (near == 1).all()
     assert not mean.any()
     torch.testing.assert_close(sigma, torch.full_like(sigma, 0.3))  # 30 HU
     assert not velocity.any()
@@ -144,9 +145,68 @@ def test_only_the_moments_are_predicted_when_nothing_else_is_asked_for(network):
     finally:
         network.moments_only = False
     assert moments.velocity is moments.wanted is None
-    assert torch.equal(moments.mean, whole.mean)
+    assert torch.equal(moments.error, whole.error)
     assert torch.equal(moments.sigma, whole.sigma)
     assert whole.velocity is not None
+
+
+# Near the labels
+
+
+def distant(size=(16, 16, 40), *, template=True):
+    """Labels in the first blocks alone: voxels 0 to 3 of the target, 4 and 5 of the template."""
+    context = make_context(size)
+    context[:, [0, 2]] = 0 if template else -1
+    context[:, 0, ..., :4] = 2
+    if template:
+        context[:, 2, ..., 4:6] = 1
+    return context
+
+
+def test_what_is_drawn_fades_between_two_and_seven_blocks_from_the_labels_of_target_and_template():
+    near = near_labels(Context.of(distant()))
+    assert near.shape == (1, 1, 8, 8, 20)
+    expected = [1.0] * 5 + [0.8, 0.6, 0.4, 0.2] + [0.0] * 11  # the last label is in block 2
+    torch.testing.assert_close(near, torch.tensor(expected).expand_as(near))
+
+
+def test_without_a_template_everything_is_drawn():
+    assert (near_labels(Context.of(distant(template=False))) == 1).all()
+    assert (near_labels(Context.absent(torch.zeros(1, 1, 4, 6, 8))) == 1).all()
+
+
+def test_a_template_without_labels_near_a_target_without_them_draws_nothing():
+    context = make_context((8, 8, 8))
+    context[:, [0, 2]] = 0
+    assert not near_labels(Context.of(context)).any()
+
+
+def test_far_from_labels_the_prior_is_right_and_nothing_is_learned(network):
+    """The mean is 0 and the deviation at its least; a residual there counts for nothing."""
+    context, size = distant(), (16, 16, 40)
+    x, t = noise(1, 1, *size), torch.tensor([300])
+    residual = noise(1, 1, *size, seed=4)
+    far = (..., slice(9, None))
+    with torch.no_grad():
+        condition = network.encode(context)
+        one = network(x, t, context, residual)
+        residual[..., 18:] += 50
+        other = network(x, t, context, residual)
+    assert condition.mean[..., :5].abs().max() > 1e-3
+    assert not condition.mean[far].any()
+    torch.testing.assert_close(condition.sigma[far], torch.full_like(condition.sigma[far], 0.01))
+    assert not one.error[far].any()
+    for part, same in zip(one, other, strict=True):
+        assert torch.equal(part, same)
+
+
+def test_where_it_fades_a_share_of_the_residual_is_asked_for():
+    network, context, size = make_network(), distant(), (16, 16, 40)
+    residual = noise(1, 1, *size, seed=4)
+    with torch.no_grad():
+        error = network(noise(1, 1, *size), torch.tensor([300]), context, residual).error
+    shares = torch.tensor([1.0] * 5 + [0.8, 0.6, 0.4, 0.2] + [0.0] * 11)
+    torch.testing.assert_close(error, haar_pack(residual) * shares)
 
 
 # The remainder
@@ -166,12 +226,13 @@ def test_in_training_the_unet_sees_the_noisy_standardised_remainder_and_its_velo
     x, context, residual = noise(2, 1, 9, 16, 11), make_context((9, 16, 11), 2), noise(2, 1, 9, 16, 11, seed=4)
     timesteps = torch.tensor([t, 1000 - t])
     with torch.no_grad():
-        features, mean, sigma = network.encode(context)
+        features, near, mean, sigma = network.encode(context)
         prediction = network(x, timesteps, context, residual)
     eps, packed = (haar_pack(pad_to_multiple(part, network.size_multiple)) for part in (x, residual))
-    z = (packed - mean) / sigma
+    error = near * packed - mean
+    z = error / sigma
     a, s = amplitudes(network.alphas_cumprod, timesteps, 5)
-    torch.testing.assert_close(prediction.mean, mean)
+    torch.testing.assert_close(prediction.error, error)
     torch.testing.assert_close(prediction.sigma, sigma)
     torch.testing.assert_close(prediction.wanted, a * eps - s * z)
     with torch.no_grad():
@@ -187,7 +248,7 @@ def test_what_the_unet_sees_and_is_asked_for_has_unit_variance_when_the_moments_
     network.regressor.out[-1].conv.bias.data = torch.cat([noise(8), torch.linspace(-2.3, 2.2, 8)])
     context = make_context(size)
     with torch.no_grad():
-        _, mean, sigma = network.encode(context)
+        _, _, mean, sigma = network.encode(context)
         residual = haar_unpack(mean + sigma * noise(1, 8, 16, 16, 16, seed=5))
         args = (noise(1, 1, *size), torch.tensor([t]), context, residual)
         wanted = network(*args).wanted
@@ -318,7 +379,8 @@ def test_amp_in_bf16_stays_close_and_returns_float32(network):
     x, t, context = noise(1, 1, 8, 8, 8), torch.tensor([300]), make_context((8, 8, 8))
     with torch.no_grad():
         pairs = [(emulated(x, t, context), network(x, t, context))]
-        pairs += zip(emulated.encode(context), network.encode(context), strict=True)
+        encoded = zip(emulated.encode(context), network.encode(context), strict=True)
+        pairs += [pair for name, pair in zip(Condition._fields, encoded, strict=True) if name != "near"]
     for half, full in pairs:
         assert half.dtype == torch.float32
         assert not torch.equal(half, full)

@@ -30,7 +30,7 @@ class LocalNetwork:
     def encode(self, context):
         self.encoded.append(tuple(context.shape[2:]))
         bands = haar_pack(context)
-        return Condition(bands, 0.003 * bands[:, 24:], (0.002 * bands[:, 8:16]).exp())
+        return Condition(bands, bands[:, :1], 0.003 * bands[:, 24:], (0.002 * bands[:, 8:16]).exp())
 
     def flow(self, y, timesteps, features):
         assert y.shape[2:] == features.shape[2:]
@@ -119,7 +119,7 @@ class FlatNetwork(LocalNetwork):
     def encode(self, context):
         grid = [n // 2 for n in context.shape[2:]]
         mean, sigma = (part.expand(len(context), -1, *grid) for part in (self.mean, self.sigma))
-        return Condition(torch.zeros(len(context), 1, *grid), mean, sigma)
+        return Condition(torch.zeros(len(context), 1, *grid), mean[:, :1], mean, sigma)
 
     def flow(self, y, timesteps, features):
         self.called += 1
@@ -171,7 +171,7 @@ def test_without_a_word_of_the_unet_the_sample_is_mean_and_sigma_noise_at_any_nu
     context = make_context((12, 12, 12))
     result = make_inferer(steps, seed=2)(context, idle, ["patient"])
     with torch.no_grad():
-        _, mean, sigma = idle.encode(context)
+        *_, mean, sigma = idle.encode(context)
     assert mean.std() > 0.05
     assert sigma.log().std() > 0.05
     drawn = mean + sigma * haar_pack(case_noise((1, 12, 12, 12), 2, "patient")[None])
