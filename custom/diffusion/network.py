@@ -191,11 +191,13 @@ class StructDiffUNet(nn.Module):
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.amp)
 
-    def encode(self, context: torch.Tensor) -> Condition:
+    def encode(self, context: torch.Tensor, near: torch.Tensor | None = None) -> Condition:
         """Encode what does not depend on time.
 
         Args:
             context: (B, 4, H, W, D), see :class:`custom.diffusion.context.Context`; any size.
+            near: (B, 1, h, w, d) of :func:`near_labels`, for a window of a larger volume, whose labels may lie outside
+                it; None finds it in the context itself.
 
         Returns:
             the condition on the padded packed grid.
@@ -215,7 +217,7 @@ class StructDiffUNet(nn.Module):
             voxels, spread = self.regressor(seen, at_no_time).float().chunk(2, 1)
             blurred = self.point_spread(images).float() * (IMAGE_UNIT_HU / RESIDUAL_UNIT_HU)
         # In single voxels the mean is learned faster than in bands.
-        near = near_labels(known)
+        near = near_labels(known) if near is None else pad_to(near, seen.shape[2:])
         mean = near * haar_pack(depth_to_space(voxels + blurred))
         sigma = (near * _FIRST_SIGMA * spread.exp()).clamp(*_SIGMA_RANGE)
         features = torch.cat([seen.float(), mean.detach(), sigma.detach().log()], 1)

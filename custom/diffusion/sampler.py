@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import angle_step
-from custom.diffusion.network import Condition, StructDiffUNet
+from custom.diffusion.network import Condition, StructDiffUNet, near_labels
 from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
@@ -174,12 +174,13 @@ class StructDiffInferer(Inferer):
         size = context.shape[2:]
         windows = windows_of(size, self.roi_size or size, self.overlap)
         packed, grid = [_packed(window) for window in windows], [n // 2 for n in size]
+        near = near_labels(Context.of(context))
         cache: dict[int, Condition] = {}
 
         def condition(index: int) -> Condition:
             if index in cache:
                 return cache[index]
-            encoded = network.encode(crop(context, windows[index]))
+            encoded = network.encode(crop(context, windows[index]), near=crop(near, packed[index]))
             if len(cache) < self.cached_windows:
                 cache[index] = encoded
             return encoded

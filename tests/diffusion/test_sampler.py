@@ -27,7 +27,7 @@ class LocalNetwork:
         self.encoded, self.called = [], 0
         self.alphas_cumprod = ALPHAS
 
-    def encode(self, context):
+    def encode(self, context, near=None):
         self.encoded.append(tuple(context.shape[2:]))
         bands = haar_pack(context)
         return Condition(bands, bands[:, :1], 0.003 * bands[:, 24:], (0.002 * bands[:, 8:16]).exp())
@@ -116,7 +116,7 @@ class FlatNetwork(LocalNetwork):
     mean = torch.linspace(-1, 1, 8).view(1, 8, 1, 1, 1)
     sigma = torch.linspace(0.2, 2, 8).view(1, 8, 1, 1, 1)
 
-    def encode(self, context):
+    def encode(self, context, near=None):
         grid = [n // 2 for n in context.shape[2:]]
         mean, sigma = (part.expand(len(context), -1, *grid) for part in (self.mean, self.sigma))
         return Condition(torch.zeros(len(context), 1, *grid), mean[:, :1], mean, sigma)
@@ -335,7 +335,7 @@ def test_every_sample_needs_a_name():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_rendering_that_is_not_finite_is_refused_with_its_case_before_limits_hide_it(bad, strength):
     class Spoilt(LocalNetwork):
-        def encode(self, context):
+        def encode(self, context, near=None):
             whole = super().encode(context)
             whole.mean[1:] = bad if strength == 0 else 0.0
             return whole
@@ -347,3 +347,16 @@ def test_a_rendering_that_is_not_finite_is_refused_with_its_case_before_limits_h
         ValueError, match="^second: the rendering is NaN or infinite, .* another `ckpt_dir`, or train anew"
     ):
         make_inferer(sample_strength=strength)(make_context((8, 8, 8), 2), Spoilt(), ["first", "second"])
+
+
+def test_labels_outside_a_window_count_in_it():
+    """What is drawn is told by the whole volume: else a window of background leaves alone what its neighbour draws."""
+    network = StructDiffUNet(num_labels=2, channels=(8, 16)).eval()
+    torch.nn.init.constant_(network.point_spread.bias, 0.2)
+    context = torch.zeros(1, 4, 48, 8, 8)
+    context[:, 0, 25:28] = context[:, 2, 25:28] = 1
+    whole, windowed = (
+        StructDiffInferer(2, sample_strength=0, roi_size=roi)(context, network, ["a"]) for roi in (None, [24, 8, 8])
+    )
+    assert whole[0, 0, :, 4, 4].unique().numel() > 2
+    torch.testing.assert_close(windowed, whole, rtol=0, atol=1e-3)
