@@ -69,6 +69,7 @@ FITTING = {  # of the above, what an option may be all the same
     **dict.fromkeys(("training_datalists", "held_out_datalists", "synthetic_datalists", "datalists"), [["x"]]),
     **dict.fromkeys(("reference_datalist", "mask_datalist", "template_datalist"), [["a"]]),
     "label_shift_hu": [7.5],
+    "pretrained": ["text"],
     "strides": [[4, 6, 8]],
 }
 
