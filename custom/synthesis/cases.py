@@ -76,8 +76,8 @@ def synthesis_cases(
         mode: of rendering; only "template" can be judged against a template.
 
     Returns:
-        `label`, `case`, `template_image`, `template_label` of every image, `mapped_label` and `mapped_template_label`
-        where it is known.
+        `label`, `mask_name` (see :func:`custom.volumes.names.case_names`), `case`, `template_image`, `template_label` of
+        every image, `mapped_label` and `mapped_template_label` where it is known.
 
     Raises:
         FileNotFoundError: naming all missing files.
@@ -111,7 +111,7 @@ def synthesis_cases(
             chosen = [named[i] for i in rng.permutation(len(named))[:images_per_mask]]
         else:
             chosen = named
-        case = {"label": mask["label"], "case": name, **mapped_entry(mask, mask["label"], "masks")}
+        case = {"label": mask["label"], "mask_name": name, "case": name, **mapped_entry(mask, mask["label"], "masks")}
         cases += [with_template(case, template) for template in chosen]
     check_names(cases, "masks and templates")
     return cases

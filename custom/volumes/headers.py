@@ -1,4 +1,4 @@
-"""NIfTI headers that say where a volume lies: refused where programs would read them differently."""
+"""NIfTI headers that say where a volume lies: written for all programs alike, refused where they differ."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["TOLERANCE_VOXELS", "check_ending", "check_header", "corners_apart_mm"]
+__all__ = ["TOLERANCE_VOXELS", "check_ending", "check_header", "corners_apart_mm", "placed_image"]
 
 TOLERANCE_VOXELS = 0.1  # ours: headers in single precision are off by less, a shift that matters by more
 _ENDINGS = (".nii", ".nii.gz")
@@ -38,6 +39,17 @@ def corners_apart_mm(size: ArrayLike, first: ArrayLike, second: ArrayLike) -> fl
     corners = np.array(list(product(*((0.0, n - 1.0) for n in np.asarray(size).tolist()))))
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
+
+
+def placed_image(values: NDArray, affine: NDArray) -> nib.Nifti1Image:
+    """A NIfTI image (H, W, D) whose qform and sform both say that it lies at `affine`, in mm; a shear has no qform."""
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    if corners_apart_mm(values.shape, affine, image.get_qform()) > TOLERANCE_VOXELS * min(image.header.get_zooms()):
+        image.set_qform(None, code=0)
+    return image
 
 
 def check_header(image: Any, file: str) -> None:

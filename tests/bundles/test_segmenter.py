@@ -321,6 +321,7 @@ def test_evaluation_measures_every_label_on_the_grid_of_the_file(seg_workflow, c
     missed = [row["label"] for row in rows if row["missed"] == "1"]  # the threshold finds one label only
     assert metrics["missed"] == len(missed) == 9
     assert metrics["missed coronary arteries"] == 1
+    assert metrics["attached"] == metrics["attached coronary arteries"] == 0
     assert metrics["hd95_mm coronary arteries"] == pytest.approx(2.5 * 58 * 3**0.5)
     assert (tmp_path / "out/pictures/subject_003.png").stat().st_size > 5_000
 
