@@ -443,8 +443,8 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
         items = absolute(datalist, "training")
         if not 0 < cases <= len(items):
             raise ValueError(
-                f"{datalist}: the gate accepted {len(items)} volumes, --cases asks for {cases}; ask for 1 or more and no "
-                "more than that, or train longer (its rejected cases have their reasons), or leave the draw out (--draws)"
+                f"{datalist}: the gate accepted {len(items)} volumes, --cases asks for {cases}; ask for 1 to these, "
+                "leave the draw out (--draws), or train longer: its list `rejected` has the reasons"
             )
         truths = true_images(work, items, None)
         sets = {

@@ -45,8 +45,9 @@ class CalibrateConfidence:
 
     def collect(self, engine: Engine) -> None:
         """Keep variance and label of some voxels of each case."""
-        variances, batch = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch  # type: ignore[index]
-        for variance, volume, name in zip(variances, batch["label"], batch["mask_name"], strict=True):
+        variances = engine.state.output[Keys.PRED][:, 1].cpu()  # type: ignore[index]
+        labels, names = (engine.state.batch[key] for key in ("label", "mask_name"))  # type: ignore[index]
+        for variance, volume, name in zip(variances, labels, names, strict=True):
             label = as_batch(volume)[0, 0].cpu().round().long()
             file = f"{name}.nii.gz"  # drawn by file names, the shipped table has its scales
             generator = torch.Generator().manual_seed(int(content_hash(file.encode())[:8], 16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ def _is_device(value: Any) -> bool:
         device = torch.device(value)
     except (RuntimeError, TypeError):
         return False
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    accelerator = torch.accelerator.current_accelerator()
+    return device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
 
 
 def _is_mapping_of_ids(value: Any) -> bool:
@@ -246,7 +250,8 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
     own = {name for name, parameter in signature(run).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     if "config_file" not in given:  # it stands in `args_file`, with more options
         return
-    config = ConfigParser.load_config_files(_listed(given["config_file"]))
+    files = DefaultParseValue(given["config_file"])
+    config = ConfigParser.load_config_files(files if isinstance(files, (list, tuple)) else given["config_file"])
     for name, value in given.items():
         if name in own:
             continue
@@ -267,19 +272,16 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
 
 
 def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """Name and value of `--name value` and `--name=value`; the value of a mere `--name` is empty."""
+    """Name and value of `--name value` and `--name=value`; the value of a mere `--name` is empty.
+
+    As `fire` has it, `-name` is an option too, but `-1` is a value.
+    """
+    flag = re.compile(r"--|-(?=[A-Za-z])")
     for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
+        if dashes := flag.match(argument):
+            name, equals, value = argument[dashes.end() :].partition("=")
             following = arguments[position + 1 : position + 2]
-            yield name, value if equals else "".join(v for v in following if not v.startswith("--"))
-
-
-def _listed(text: str) -> list[str]:
-    """File names of `a.json` and of `['a.json','b.json']`."""
-    if not text.startswith(("[", "(")):
-        return [text]
-    return [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
+            yield name, value if equals else "".join(v for v in following if not flag.match(v))
 
 
 def _check_name(name: str, config: Mapping[str, Any]) -> None:

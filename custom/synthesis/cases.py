@@ -76,8 +76,8 @@ def synthesis_cases(
         mode: of rendering; only "template" can be judged against a template.
 
     Returns:
-        `label`, `mask_name` (see :func:`custom.volumes.names.case_names`), `case`, `template_image`, `template_label` of
-        every image, `mapped_label` and `mapped_template_label` where it is known.
+        `label`, `mask_name` (see :func:`custom.volumes.names.case_names`), `case`, `template_image`, `template_label`
+        of every image, `mapped_label` and `mapped_template_label` where it is known.
 
     Raises:
         FileNotFoundError: naming all missing files.

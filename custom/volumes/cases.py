@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -52,9 +53,10 @@ def _file(item: Mapping[str, Any], key: str, source: str) -> str:
 
 def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
     """Number of an entry, at least 0, or a refusal that names the list and the case."""
-    if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
+    value = item[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
         _refuse(item, key, "a number, at least 0", source)
-    return float(item[key])
+    return float(value)
 
 
 def mapped_entry(item: Mapping[str, Any], label: str, source: str, key: str = "label") -> dict[str, bool]:
@@ -88,7 +90,8 @@ def load_cases(
     Args:
         datalists: JSON files, read one after the other.
         section: list to read, for example "training", or several; a datalist without it adds nothing.
-        keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
+        keys: entries that every case must have, `label` among them; others are dropped, but for `weight` (sampling
+            weight, 1 when absent).
         limit: at most so many cases of each list.
         extras: further entries to keep as they are, where a case has them.
         extra_files: further files to keep as absolute paths, where a case has them.
@@ -169,11 +172,16 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
 
     Raises:
         FileNotFoundError: naming all missing files.
-        TypeError: when `masks` is one text instead of a list.
+        TypeError: when `masks` is no list of texts, or a template has no image and label.
         ValueError: when there is no mask, a file is no NIfTI, or a mask or template is listed twice.
     """
-    if isinstance(masks, str):
-        raise TypeError(f"target_masks: must be a list of files, got the text {masks!r}; write ['{masks}']")
+    _check_list(masks, "target_masks")
+    for template in templates:
+        if not isinstance(template, Mapping) or not all(isinstance(template.get(k), str) for k in ("image", "label")):
+            raise TypeError(
+                f"templates: must be a list of {{'image': FILE, 'label': FILE}}, got {template!r} in it; "
+                "name the label map of each image"
+            )
     if not masks:
         raise ValueError("masks: no target label map found; set `target_masks` (a list of files) in the config")
     cases: list[dict[str, Any]] = []
@@ -213,11 +221,10 @@ def segmentation_cases(images: Sequence[str], images_root: str | None = None) ->
 
     Raises:
         FileNotFoundError: naming all missing files.
-        TypeError: when `images` is one text instead of a list.
+        TypeError: when `images` is no list of texts.
         ValueError: when an image is not below `images_root`, or two cases would have one name.
     """
-    if isinstance(images, str):
-        raise TypeError(f"images: must be a list of files, got the text {images!r}; write ['{images}']")
+    _check_list(images, "images")
     files = [_absolute(image) for image in images]  # as MONAI reads them: `~` is the home folder
     if not files:
         return []
@@ -233,6 +240,16 @@ def segmentation_cases(images: Sequence[str], images_root: str | None = None) ->
     check_names(cases, "images")
     check_files(cases, "images")
     return cases
+
+
+def _check_list(files: Sequence[str], option: str) -> None:
+    if isinstance(files, str):
+        raise TypeError(f"{option}: must be a list of files, got the text {files!r}; write ['{files}']")
+    for file in files:
+        if not isinstance(file, str):
+            raise TypeError(
+                f"{option}: must be a list of files, got {file!r} in it; write names of files, as './a.nii'"
+            )
 
 
 def _absolute(path: str) -> Path:

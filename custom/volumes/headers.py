@@ -53,7 +53,7 @@ def placed_image(values: NDArray, affine: NDArray) -> nib.Nifti1Image:
 
 
 def check_header(image: Any, file: str) -> None:
-    """Refuse a header whose qform, sform and voxel sizes are no place, or not the same one.
+    """Refuse a header whose qform, sform and voxel sizes are no place, or not the same one, or that has neither form.
 
     What has fewer than three axes is left to the check of the volume.
 
@@ -69,6 +69,12 @@ def check_header(image: Any, file: str) -> None:
         return
     pixdim = _voxel_sizes_mm(image, file)
     qform, sform = _qform(image, file), _sform(image, file)
+    if qform is None and sform is None:
+        raise ValueError(
+            f"{file}: the header must say where the volume lies, got qform and sform of code 0, which programs put at "
+            "different places and turn differently; convert the scan anew, or, if you know that its axes point to "
+            f"{', '.join(nib.aff2axcodes(image.affine))}, {_OPEN} image.set_sform(image.affine, 1){_SAVE}"
+        )
     where = "no more than a tenth of a voxel"
     if sform is not None:
         edges = np.linalg.norm(sform[:3, :3], axis=0)

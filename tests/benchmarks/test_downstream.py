@@ -12,5 +12,5 @@ def test_a_set_that_the_gate_left_too_small_is_named(tmp_path, accepted, cases):
     datalist.parent.mkdir(parents=True)
     items = [{"image": f"{k}.nii.gz"} for k in range(accepted)]
     datalist.write_text(json.dumps({"training": items, "rejected": [{"image": "x.nii.gz", "reasons": ["dark"]}]}))
-    with pytest.raises(ValueError, match=rf"{datalist}: the gate accepted {accepted} volumes, --cases asks for {cases};"):
+    with pytest.raises(ValueError, match=f"{datalist}: the gate accepted {accepted} volumes, --cases asks for {cases}"):
         downstream.confidence(str(tmp_path), draws=[0], cases=cases)

@@ -89,6 +89,7 @@ OWN = [
     ("render", "sampling_steps", 1000),
     ("render", "device", "gpu"),
     ("render", "device", "cuda:99"),
+    ("render", "device", "meta"),
     ("render", "output_dir", "study ::1"),
     ("generate", "with_image", "maybe"),
     ("generate", "count", 0),
@@ -225,6 +226,8 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest(config, argum
         check_command_line([*ARGUMENTS, FILES[config], argument, "3"])
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         check_command_line([*ARGUMENTS, FILES[config], f"{argument}=3"])
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        check_command_line([*ARGUMENTS, FILES[config], argument[1:], "3"])
 
 
 @pytest.mark.parametrize(
@@ -236,10 +239,19 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest(config, argum
         ["--train#handlers#0#forget_when_done", "true", "--run_id", "training", "--logging_file", "x.conf"],
         ["--output_dir", "/somewhere/CT [2024] $5"],
         ["--loss", "$@train#trainer"],
+        ["--loss", "-1", "-max_epochs", "3"],
     ],
 )
 def test_options_that_exist_pass(more):
     check_command_line([*ARGUMENTS, f"['{FILES['train']}','{FILES['evaluate']}']", *more])
+
+
+def test_configs_are_read_from_any_folder(tmp_path):
+    (tmp_path / "a, b").mkdir()
+    config = tmp_path / "a, b/train.json"
+    config.write_text(Path(FILES["train"]).read_text())
+    for files in (str(config), f"['{config}']"):
+        check_command_line([*ARGUMENTS, files, "--max_epochs", "3"])
 
 
 @pytest.mark.parametrize("chain", ["seg_train", "seg_infer"])

@@ -86,6 +86,20 @@ def test_an_sform_of_other_voxel_sizes_is_refused_with_remedies_that_work(tmp_pa
     np.testing.assert_allclose(read(str(tmp_path / "qform.nii")).affine, np.eye(4), atol=1e-5)
 
 
+def test_a_header_without_a_place_is_refused_with_a_remedy_that_works(tmp_path):
+    """ITK and nibabel put it at different places, front and back exchanged."""
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), None), tmp_path / "none.nii")
+    with pytest.raises(ValueError, match=r"none\.nii: the header must say where the volume lies, got .* code 0") as no:
+        read(str(tmp_path / "none.nii"))
+    assert "know that its axes point to L, A, S, in Python" in str(no.value)
+    image = nib.load(tmp_path / "none.nii")
+    place, remedy = image.affine, "image.set_sform(image.affine, 1)"
+    assert remedy in str(no.value)
+    eval(remedy, {"image": image})
+    nib.save(image, tmp_path / "mended.nii")
+    np.testing.assert_allclose(read(str(tmp_path / "mended.nii")).affine, place, atol=1e-5)
+
+
 BAD = {
     "NaN in the sform": ({"sform": np.where(AFFINE == 9, np.nan, AFFINE)}, "sform must be finite and not flat"),
     "no sform": ({"sform": np.diag([0.0, 0, 0, 1])}, "sform must be finite and not flat"),
