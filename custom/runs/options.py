@@ -17,7 +17,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
 
-__all__ = ["RULES", "check_command_line", "check_options"]
+__all__ = ["RULES", "check_command_line", "check_options", "is_number"]
 
 _OTHER_KEYS = ("anatomy",)
 """Blocks that may get keys they have not: the class that reads them refuses what it does not know."""
@@ -38,7 +38,8 @@ class Rule:
     example: str
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a config is a finite number, and no switch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -64,13 +65,13 @@ def _whole(low: int, example: str, high: int | None = None) -> Rule:
 
 
 def _least(low: float, example: str) -> Rule:
-    return Rule(f"a number of at least {low:g}", lambda v: _is_number(v) and v >= low, example)
+    return Rule(f"a number of at least {low:g}", lambda v: is_number(v) and v >= low, example)
 
 
 def _share(example: str, *, with_0: bool, with_1: bool) -> Rule:
     ends = [f"{end} itself" for end, allowed in ((0, with_0), (1, with_1)) if not allowed]
     text = "a number from 0 to 1" + (f" but not {' or '.join(ends)}" if ends else "")
-    return Rule(text, lambda v: _is_number(v) and 0 <= v <= 1 and (with_0 or v > 0) and (with_1 or v < 1), example)
+    return Rule(text, lambda v: is_number(v) and 0 <= v <= 1 and (with_0 or v > 0) and (with_1 or v < 1), example)
 
 
 def _one_of(*names: str) -> Rule:
@@ -113,9 +114,9 @@ _FILES = Rule("a list of file names, without # and ::, which MONAI would change"
 _NAME = Rule("a name", _is_name, "training")
 _SWITCH = Rule("true or false", lambda v: isinstance(v, bool), "true")
 _WINDOW = Rule(
-    "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(_is_number, v)) and v[0] < v[1], '"[-200,800]"'
+    "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(is_number, v)) and v[0] < v[1], '"[-200,800]"'
 )
-_LENGTHS = _three("lengths in mm above 0", lambda v: _is_number(v) and v > 0, '"[1.5,1.5,1.5]"')
+_LENGTHS = _three("lengths in mm above 0", lambda v: is_number(v) and v > 0, '"[1.5,1.5,1.5]"')
 _CHANNELS = Rule(
     "a list of two or more whole numbers of at least 1",
     lambda v: _is_list(v) and len(v) > 1 and all(_is_whole(n) and n > 0 for n in v),
@@ -128,13 +129,13 @@ _CALLS = Rule(
 )
 _SHARES = Rule(
     "three shares for template, mask only and unconditional, at least 0 and of sum 1",
-    lambda v: _is_list(v, 3) and all(_is_number(p) and p >= 0 for p in v) and abs(sum(v) - 1) < 1e-6,
+    lambda v: _is_list(v, 3) and all(is_number(p) and p >= 0 for p in v) and abs(sum(v) - 1) < 1e-6,
     '"[0.85,0.1,0.05]"',
 )
 _BLOCK = Rule("a block of named values", lambda v: isinstance(v, Mapping), "{}")
 _SHIFTS = Rule(
     "a number of at least 0, or a list with one for each label, background first",
-    lambda v: all(_is_number(s) and s >= 0 for s in (v if _is_list(v) and len(v) > 0 else [v])),
+    lambda v: all(is_number(s) and s >= 0 for s in (v if _is_list(v) and len(v) > 0 else [v])),
     "20",
 )
 

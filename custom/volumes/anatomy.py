@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from custom.volumes.gate import is_number
+from custom.runs.options import is_number
 
 __all__ = ["Anatomy", "Label"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from custom.runs.options import is_number
 from custom.volumes.headers import check_ending
 from custom.volumes.names import case_name, case_names
 from custom.volumes.numbering import is_mapped, mapped_key
@@ -53,10 +53,9 @@ def _file(item: Mapping[str, Any], key: str, source: str) -> str:
 
 def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
     """Number of an entry, at least 0, or a refusal that names the list and the case."""
-    value = item[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not is_number(item[key]) or item[key] < 0:
         _refuse(item, key, "a number, at least 0", source)
-    return float(value)
+    return float(item[key])
 
 
 def mapped_entry(item: Mapping[str, Any], label: str, source: str, key: str = "label") -> dict[str, bool]:
