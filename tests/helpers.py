@@ -111,13 +111,14 @@ def fails_with(text):
     assert any(text in message for message in chain), chain
 
 
-def write_target(cohort, path, orientation):
-    """The test subject's label map in another orientation, an oblique frame, or on an anisotropic grid."""
-    source = nib.load(cohort / "labels/subject_003.nii.gz")
+def write_oriented(source_path, path, orientation):
+    """A volume in another orientation, an oblique frame, or on an anisotropic grid; returns voxels and affine."""
+    source = nib.load(source_path)
     data, affine = np.asarray(source.dataobj), source.affine.copy()
     if orientation == "LPS":
-        data, affine = data[::-1, ::-1], affine @ np.diag([-1, -1, 1, 1.0])
-        affine[:3, 3] = source.affine[:3, :3] @ np.array([57, 57, 0]) + source.affine[:3, 3]
+        flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+        flip[:2, 3] = data.shape[0] - 1, data.shape[1] - 1
+        data, affine = data[::-1, ::-1], affine @ flip
     elif orientation == "oblique":
         angle = np.deg2rad(12)
         turn = np.eye(4)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from custom.volumes.anatomy import Anatomy
-from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_target
+from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_oriented
 from ignite.engine import Events
 from scipy import ndimage
 
@@ -131,7 +131,7 @@ def test_evaluation_writes_metrics_of_the_test_cases(workflow, cohort, tmp_path,
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_rendering_lies_on_the_grid_of_its_mask(workflow, cohort, tmp_path, weights, orientation):
-    label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
+    label, affine = write_oriented(cohort / "labels/subject_003.nii.gz", tmp_path / "target.nii.gz", orientation)
     render(workflow, [tmp_path / "target.nii.gz"], template_of(cohort), tmp_path / "out", weights)
     rendered = nib.load(tmp_path / "out/target_from_subject_000.nii.gz")
     assert rendered.shape == label.shape

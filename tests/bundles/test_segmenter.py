@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from custom.volumes.anatomy import Anatomy
-from helpers import SEG_BUNDLE, fails_with, write_target
+from helpers import SEG_BUNDLE, fails_with, write_oriented
 from ignite.engine import Events
 from monai.utils import set_determinism
 from scipy import ndimage
@@ -243,7 +243,7 @@ def segment_by_threshold(seg_workflow, folder, label=1):
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_segmentation_lies_on_the_grid_of_its_image(seg_workflow, cohort, tmp_path, orientation):
-    label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
+    label, affine = write_oriented(cohort / "labels/subject_003.nii.gz", tmp_path / "target.nii.gz", orientation)
     blood = ndimage.gaussian_filter(np.isin(label, (2, 3, 4, 5)).astype(np.float32), 1.5)
     image = -500 + 1600 * blood
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
