@@ -1,5 +1,7 @@
 """Options out of range, of another type or misspelt are refused before anything is read, as the user types them."""
 
+import copy
+import functools
 import json
 import math
 import os
@@ -31,23 +33,31 @@ CHAINS = {  # config files of a run, and the id of what is run
 }
 
 
-def parser_of(chain, **overrides):
+@functools.cache
+def default_parser(chain):
+    """Of the configs as they are; not to be changed."""
     bundle, names, _ = CHAINS[chain]
     parser = ConfigParser()
     parser.read_config([str(bundle / "configs" / name) for name in names])
     parser.read_meta(str(bundle / "configs/metadata.json"))
-    parser.update({"bundle_root": str(bundle), "device": "cpu", **overrides})
+    parser.update({"bundle_root": str(bundle), "device": "cpu"})
+    return parser
+
+
+def parser_of(chain, **overrides):
+    parser = ConfigParser(copy.deepcopy(default_parser(chain).config))
+    parser.update(overrides)
     return parser
 
 
 def used_in(chain):
     """Options that the check of a chain is handed, as a user types them."""
-    references = [used for used in parser_of(chain)["options"]["used"] if isinstance(used, str)]
+    references = [used for used in default_parser(chain)["options"]["used"] if isinstance(used, str)]
     return [reference.removeprefix("@").replace("::", "#") for reference in references]
 
 
 def default_of(chain, name):
-    return parser_of(chain).get_parsed_content(name)
+    return default_parser(chain).get_parsed_content(name)
 
 
 def wrong_values(default):
