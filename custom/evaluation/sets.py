@@ -21,7 +21,8 @@ from custom.evaluation.distances import (
     ms_ssim,
     standardised,
 )
-from custom.runs.files import plain_values, read_json, write_json
+from custom.evaluation.records import read_records
+from custom.runs.files import plain_values, write_json
 from custom.runs.tracking import log_run
 from custom.volumes.cases import check_files
 from custom.volumes.names import case_names
@@ -250,7 +251,7 @@ def measure_set(
             number.
     """
     root, rng = Path(output_dir), np.random.default_rng(seed)
-    records = [read_json(root / case["record"], "run `synthesizing` again, which writes it anew") for case in synthetic]
+    records = read_records(root, synthetic, {"template": {"image", "label"}, "measures": {"template_copy"}})
     real_cases = _with_templates(training, records)
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:

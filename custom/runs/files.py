@@ -132,6 +132,8 @@ def file_hash(file: str) -> str:
     Raises:
         FileNotFoundError: naming the file.
     """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file}: there is no such file; make it first, or correct the option that names it")
     return content_hash(Path(file).read_bytes())
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigComponent, ConfigParser
 from monai.bundle.scripts import run
 
 __all__ = ["RULES", "check_command_line", "check_options", "is_number"]
@@ -57,6 +60,17 @@ def _is_name(value: Any) -> bool:
 
 def _is_place(value: Any) -> bool:
     return _is_name(value) and "::" not in value  # MONAI has turned # into ::
+
+
+def _is_folder(value: Any) -> bool:
+    if not _is_place(value):
+        return False
+    try:
+        return stat.S_ISDIR(os.stat(value).st_mode)
+    except FileNotFoundError:
+        return not os.path.islink(value)  # one that leads nowhere
+    except (OSError, ValueError):  # below a file, not to be entered, a name that is too long or no name
+        return False
 
 
 def _whole(low: int, example: str, high: int | None = None) -> Rule:
@@ -110,9 +124,12 @@ def _some_files(value: Any) -> bool:
 
 
 _PLACE = Rule("the name of a folder or file, without # and ::, which MONAI would change", _is_place, "./name")
+_FOLDER = Rule(
+    "the name of a folder, or of one that can be made, without # and ::, which MONAI would change", _is_folder, "./name"
+)
 _FILES = Rule("a list of file names, without # and ::, which MONAI would change", _files, "\"['./a.json','./b.json']\"")
 _NAME = Rule("a name", _is_name, "training")
-_SWITCH = Rule("true or false", lambda v: isinstance(v, bool), "true")
+_SWITCH = Rule("true or false, which are typed True and False", lambda v: isinstance(v, bool), "True")
 _WINDOW = Rule(
     "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(is_number, v)) and v[0] < v[1], '"[-200,800]"'
 )
@@ -121,6 +138,11 @@ _CHANNELS = Rule(
     "a list of two or more whole numbers of at least 1",
     lambda v: _is_list(v) and len(v) > 1 and all(_is_whole(n) and n > 0 for n in v),
     '"[16,32,64]"',
+)
+_BLOCKS = Rule(
+    "a list of one or more whole numbers of at least 1",
+    lambda v: _is_list(v) and len(v) > 0 and all(_is_whole(n) and n > 0 for n in v),
+    '"[1,2,2,4]"',
 )
 _CALLS = Rule(
     "two or more different whole numbers from 1 to 999",
@@ -140,7 +162,7 @@ _SHIFTS = Rule(
 )
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("bundle_root", "dataset_dir", "output_dir", "ckpt_dir"), _PLACE),
+    **dict.fromkeys(("bundle_root", "dataset_dir", "output_dir", "ckpt_dir"), _FOLDER),
     **dict.fromkeys(("pretrained", "best_weights", "confidence_table"), _PLACE),
     **dict.fromkeys(("datalists", "reference_datalist", "mask_datalist", "template_datalist"), _FILES),
     **dict.fromkeys(("training_datalists", "held_out_datalists", "synthetic_datalists"), _FILES),
@@ -192,8 +214,17 @@ RULES: dict[str, Rule] = {
     "network_def#correspondence_channels": _whole(0, "0"),
     **dict.fromkeys(("network_def#num_res_blocks", "network_def#condition_channels"), _whole(1, "2")),
     "network_def#init_filters": _whole(1, "8"),
+    **dict.fromkeys(("network_def#blocks_down", "network_def#blocks_up"), _BLOCKS),
 }
 """Option -> what it must be, in whichever config it stands; those that a class judges alone are not here."""
+
+_GIVEN = {
+    **RULES,
+    "pretrained": Rule(
+        "the name of a file of weights that is there", lambda v: _is_place(v) and os.path.isfile(v), "./model.pt"
+    ),
+}
+"""What a user gives must be more than the default: weights to start from need not be there, named ones must."""
 
 
 def check_options(
@@ -234,7 +265,8 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
     """Refuses options of `python -m monai.bundle run` that no config has: MONAI takes a misspelt one for a new id.
 
     The command line is looked at, not the config: what was added to that cannot be told from what it had. Also judged
-    here, before anything is made of them, are the values, and those with a # in them, for which MONAI would write ::.
+    here, before anything is made of them, are the values, typed ones and those of config files, and those with a # in
+    them, for which MONAI would write ::.
     In another process than that command nothing happens.
 
     Args:
@@ -268,8 +300,35 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"{name}: must not be {value} here, which MONAI ignores; write null in a config file of yours"
             )
-        if name in RULES and value and not RULES[name].holds(typed):
-            _refuse(name, RULES[name], typed)
+        if name in _GIVEN and value and not _GIVEN[name].holds(typed):
+            _refuse(name, _GIVEN[name], typed)
+    may_be_null = config.get("options", {}).get("may_be_null", [])
+    for name, value in _stated(config):
+        if name in given or _is_expression(value) or (value is None and name in may_be_null):
+            continue
+        if not _GIVEN[name].holds(value):
+            _refuse(name, _GIVEN[name], value)
+
+
+def _stated(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Option and value of all that config files state of what has a rule, as one key or as part of a block."""
+    for name in _GIVEN:
+        node: Any = config
+        for part in name.split("#"):
+            node = node[part] if isinstance(node, Mapping) and part in node else _ABSENT
+        yield from ((name, value) for value in (config.get(name, _ABSENT), node) if value is not _ABSENT)
+
+
+_ABSENT = object()
+
+
+def _is_expression(value: Any) -> bool:
+    """Whether MONAI makes a value of something else first."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_is_expression, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_expression, value))
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
 def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
@@ -285,19 +344,34 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
             yield name, value if equals else "".join(v for v in following if not flag.match(v))
 
 
+def _arguments(component: Mapping[str, Any]) -> Iterable[str] | None:
+    """What the class of a component can be given; None where that cannot be known, or is anything."""
+    try:
+        made = locate(ConfigComponent(config=dict(component), id="").resolve_module_name())
+        parameters = signature(made).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return [*parameters, "_mode_", "_disabled_", "_requires_", "_desc_"]
+
+
 def _check_name(name: str, config: Mapping[str, Any]) -> None:
     node: Any = config
     parts = name.replace("::", "#").split("#")
     for depth, part in enumerate(parts):
-        if depth and (parts[0] in _OTHER_KEYS or not isinstance(node, Mapping) or not node or "_target_" in node):
-            return  # a list, a block that may be anything, or arguments, which their class refuses
+        if depth and (parts[0] in _OTHER_KEYS or not isinstance(node, Mapping) or not node):
+            return  # a list, or a block that may be anything
+        arguments = _arguments(node) if depth and "_target_" in node else {}
+        if arguments is None or part in arguments:
+            return
         if "#".join(parts[: depth + 1]) in config:  # an override file writes "train#data" as one key
             node = config["#".join(parts[: depth + 1])]
         elif isinstance(node, Mapping) and part in node:
             node = node[part]
         else:
             before = "".join(f"{p}#" for p in parts[:depth])
-            known = {before + str(key): str(key) for key in node if not str(key).startswith("_")}
+            known = {before + str(key): str(key) for key in [*node, *arguments] if not str(key).startswith("_")}
             known |= {str(key): str(key) for key in config}
             near = difflib.get_close_matches(part, known.values(), n=1)
             named = [option for option, last in known.items() if near and last == near[0]]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from custom.runs.files import differences, plain_values
 from custom.runs.folders import run_options
-from custom.runs.weights import UNREADABLE, last_line, save_atomically
+from custom.runs.weights import last_line, save_atomically
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointLoader
 
@@ -110,7 +110,7 @@ class Resume:
             changed = differences(before, self.options)
             if not changed:
                 CheckpointLoader(load_path=str(self.path), load_dict=state, map_location=self.places)(engine)
-        except (*UNREADABLE, KeyError, ValueError) as error:
+        except Exception as error:  # what is no file of torch makes it raise errors of any kind
             raise ValueError(
                 f"{self.path}: this interrupted run cannot be continued ({last_line(error)}); {remedy}"
             ) from error

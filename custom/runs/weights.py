@@ -6,7 +6,6 @@ import errno
 import logging
 import math
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ def existing_handler(handler: Any) -> Any:
     MONAI asks for handler lists of plain dictionaries; this is the dictionary around a reference.
     """
     return handler
-
-
-UNREADABLE = (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)  # by torch, or another network
 
 
 def last_line(error: Exception) -> str:
@@ -115,7 +111,7 @@ class LoadWeights:
             )
         try:
             self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except UNREADABLE as error:
+        except Exception as error:  # what is no file of torch makes it raise errors of any kind
             raise ValueError(
                 f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
                 "use the `network_def` (preset) they were trained with"

@@ -187,7 +187,9 @@ class CheckVolumesd(MapTransform):
     def _check_image(self, image: Any) -> None:
         low, high = float(image.min()), float(image.max())
         if low == high:
-            raise ValueError(f"{file_of(image)}: every voxel is {low:g}; a constant image cannot be used")
+            raise ValueError(
+                f"{file_of(image)}: every voxel is {low:g}; a constant image cannot be used, export the scan anew"
+            )
         if low > self.air_below_hu or low < self._HU_LIMITS[0] or high > self._HU_LIMITS[1]:
             raise ValueError(
                 f"{file_of(image)}: values {low:g} to {high:g} are not Hounsfield units: the minimum must lie between "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from custom.checks import cause_of
 from custom.runs.options import RULES, check_command_line, check_options
+from fire.parser import DefaultParseValue
 from helpers import BUNDLE, SEG_BUNDLE, TINY, fails_with, template_of
 from monai.bundle import ConfigParser
 
@@ -168,12 +169,7 @@ def test_every_option_has_a_rule_and_is_checked(chain):
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_example_of_a_rule_keeps_it(name):
-    text = RULES[name].example.strip('"')
-    try:
-        typed = json.loads(text.replace("'", '"'))
-    except json.JSONDecodeError:
-        typed = text
-    assert RULES[name].holds(typed)
+    assert RULES[name].holds(DefaultParseValue(RULES[name].example.strip('"')))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +240,12 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest(config, argum
     "more",
     [
         ["--max_epochs", "3", "--spacing_mm", "[1,1,1]"],
-        ["--network_def#channels", "[8,8]", "--network_def#dropout", "0.1"],  # arguments of a class: it knows them
+        [
+            "--network_def#channels",
+            "[8,8]",
+            "--network_def#norm_num_groups",
+            "4",
+        ],  # arguments of a class: it knows them
         ["--anatomy#9#keep", "true"],
         ["--train#handlers#0#forget_when_done", "true", "--run_id", "training", "--logging_file", "x.conf"],
         ["--output_dir", "/somewhere/CT [2024] $5"],
@@ -279,12 +280,53 @@ def test_a_number_sign_in_a_path_is_refused_by_the_option(tmp_path):
 
 def test_a_value_is_judged_as_it_is_typed():
     for value, message in (
-        ("2024", r"output_dir: must be the name of a folder or file, .* got 2024; for example --output_dir ./name"),
-        ("a,b", r"output_dir: must be the name of a folder or file, .* got \('a', 'b'\)"),
+        ("2024", r"output_dir: must be the name of a folder, .* got 2024; for example --output_dir ./name"),
+        ("a,b", r"output_dir: must be the name of a folder, .* got \('a', 'b'\)"),
+        (__file__, r"output_dir: must be the name of a folder, or of one that can be made, .*test_options.py"),
+        (f"{__file__}/below", r"output_dir: must be the name of a folder, or of one that can be made, .*below"),
+        ("x" * 300, r"output_dir: must be the name of a folder, or of one that can be made, .*xxx"),
         ("None", r"output_dir: must not be None here, which MONAI ignores; write null in a config file"),
     ):
         with pytest.raises(ValueError, match=message):
             check_command_line([*ARGUMENTS, FILES["train"], "--output_dir", value])
+
+
+@pytest.mark.parametrize(
+    ("config", "mine", "message"),
+    [
+        ("train", {"bundle_root": 7}, "bundle_root: must be the name of a folder, .* got 7"),
+        ("train", {"dataset_dir": ["a"]}, r"dataset_dir: must be the name of a folder, .* got \['a'\]"),
+        ("train", {"ckpt_dir": None}, "ckpt_dir: must be the name of a folder, .* got None"),
+        ("train", {"network_def": {"condition_channels": "many"}}, "network_def#condition_channels: must be a whole"),
+        ("seg_train", {"network_def#init_filters": 2.5}, "network_def#init_filters: must be a whole .* got 2.5"),
+        ("seg_train", {"network_def": {"blocks_down": "deep"}}, "network_def#blocks_down: must be a list of one or"),
+        (
+            "seg_train",
+            {"pretrained": "./nowhere.pt"},
+            "pretrained: must be the name of a file of weights that is there",
+        ),
+    ],
+)
+def test_a_value_in_a_config_of_the_user_is_judged_before_anything_is_made_of_it(tmp_path, config, mine, message):
+    file = SEG_BUNDLE / "configs/train.json" if config == "seg_train" else FILES[config]
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    with pytest.raises(ValueError, match=message):
+        check_command_line(["run", "training", "--config_file", f"['{file}','{tmp_path}/mine.json']"])
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_configs_state_themselves_passes(chain):
+    bundle, names, _ = CHAINS[chain]
+    check_command_line([*ARGUMENTS, str([str(bundle / "configs" / name) for name in names])])
+
+
+def test_a_misspelt_argument_of_a_network_is_refused_with_the_nearest():
+    for name, meant in (
+        ("network_def#conditon_channels", "condition_channels"),
+        ("network_def#norm_num_group", "norm_num_groups"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .* did you mean --network_def#{meant}"):
+            check_command_line([*ARGUMENTS, FILES["train"], f"--{name}", "3"])
 
 
 ODD = "CT [2024] $a_b$ {x} 'q' \"d\" é, & %s"

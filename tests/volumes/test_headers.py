@@ -40,6 +40,20 @@ def test_the_form_that_a_file_has_is_used(tmp_path, forms):
     np.testing.assert_allclose(read(written(tmp_path / "a.nii", **forms)).affine, AFFINE, atol=1e-5)
 
 
+def test_a_file_without_a_place_is_refused_with_a_remedy_that_works(tmp_path):
+    """Readers differ even in which side is left."""
+    image = nib.Nifti1Image(np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE), None)
+    nib.save(image, tmp_path / "none.nii")
+    with pytest.raises(
+        ValueError, match=r"none\.nii: qform and sform must say where .* run to the left, front and head"
+    ):
+        read(str(tmp_path / "none.nii"))
+    image = nib.load(tmp_path / "none.nii")
+    image.set_sform(image.affine, 1)
+    nib.save(image, tmp_path / "mended.nii")
+    assert nib.aff2axcodes(read(str(tmp_path / "mended.nii")).affine.numpy()) == ("L", "A", "S")
+
+
 def test_forms_that_agree_to_a_tenth_of_a_voxel_are_one(tmp_path):
     near, far = AFFINE.copy(), AFFINE.copy()
     near[0, 3] += 0.18
