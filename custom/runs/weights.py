@@ -110,7 +110,10 @@ class LoadWeights:
                 f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt"
             )
         try:
-            self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}, and no weights by name")
+            self.model.load_state_dict(state)
         except Exception as error:  # what is no file of torch makes it raise errors of any kind
             raise ValueError(
                 f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
