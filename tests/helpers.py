@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,30 +43,44 @@ TINY_TRAINING = {
 }
 
 
-LOCK = """
-import os, sys, time
-from custom.runs.folders import lock_folder
-lock_folder(sys.argv[1])
-if os.fork() == 0:  # a worker that outlives its parent
-    os.close(1)
-    time.sleep(60)
-    os._exit(0)
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
 @contextlib.contextmanager
-def other_process_at_work(folder: Path) -> Iterator[subprocess.Popen]:
-    """Another process, with a forked worker, that holds the lock of a folder."""
-    command = [sys.executable, "-c", LOCK, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+def other_process(take: Callable[[], Any]) -> Iterator[int]:
+    """Another process that has called `take` and waits, with a forked worker that outlives it; its id.
+
+    Forked, not started: it need not import what this process has.
+    """
+    told, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.setpgid(0, 0)
+            take()
+            if os.fork() > 0:
+                os.write(tell, b"taken")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
     try:
-        assert process.stdout.readline() == "locked\n"
+        assert os.read(told, 5) == b"taken"
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.close(told)
+        os.killpg(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # the test has waited for it
+            os.waitpid(process, 0)
+
+
+def succeeds_elsewhere(take: Callable[[], Any]) -> bool:
+    """Whether another process can call `take`."""
+    process = os.fork()
+    if process == 0:
+        try:
+            take()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(process, 0)[1] == 0
 
 
 def workflow_of(bundle: Path) -> Callable[..., ConfigWorkflow]:

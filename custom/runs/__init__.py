@@ -1,7 +1,8 @@
 """What surrounds every stage: files, folders, tracking, resuming, weights."""
 
 from custom.runs.files import file_hash
-from custom.runs.folders import RemoveLeftovers, RunFolder, TrainingPlace
+from custom.runs.folders import RunFolder
+from custom.runs.locks import TrainingPlace
 from custom.runs.options import check_command_line, check_options
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import LogToMLFlow, tracking_store
@@ -21,7 +22,6 @@ __all__ = [
     "LoadWeights",
     "LogToMLFlow",
     "RefuseDivergence",
-    "RemoveLeftovers",
     "Resume",
     "RunFolder",
     "SeedEachEpoch",

@@ -20,7 +20,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser
 from monai.bundle.scripts import run
 
-__all__ = ["RULES", "check_command_line", "check_options", "is_number"]
+__all__ = ["RULES", "check_command_line", "check_options", "configured", "is_number"]
 
 _OTHER_KEYS = ("anatomy",)
 """Blocks that may get keys they have not: the class that reads them refuses what it does not know."""
@@ -275,18 +275,12 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: naming the option and the nearest one that there is; or what a value must be.
     """
-    if arguments is None:
-        if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
-            return
-        arguments = sys.argv[1:]
-    given = dict(_pairs(arguments))
-    own = {name for name, parameter in signature(run).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    given = _given(arguments)
     if "config_file" not in given:  # it stands in `args_file`, with more options
         return
-    files = DefaultParseValue(given["config_file"])
-    config = ConfigParser.load_config_files(files if isinstance(files, (list, tuple)) else given["config_file"])
+    config = ConfigParser.load_config_files(_config_files(given))
     for name, value in given.items():
-        if name in own:
+        if name in _OF_RUN:
             continue
         _check_name(name.removeprefix("+"), config)
         if value.startswith(("$", "@", "%")):
@@ -329,6 +323,50 @@ def _is_expression(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_is_expression, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def configured(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """All that configs and command line say, as it is written there: also what a nested override changes.
+
+    Args:
+        arguments: of :func:`check_command_line`.
+
+    Returns:
+        id, with #, -> value; None in another process than that command, or where `args_file` names the configs.
+    """
+    given = _given(arguments)
+    if "config_file" not in given:
+        return None
+    parser = ConfigParser(globals=False)
+    parser.read_config(_config_files(given))
+    parser.update({name: DefaultParseValue(value) for name, value in given.items() if name not in _OF_RUN})
+    return dict(_leaves("", parser.config))
+
+
+def _config_files(given: Mapping[str, str]) -> Any:
+    """`a.json` and `['a.json','b.json']` as MONAI takes them."""
+    files = DefaultParseValue(given["config_file"])
+    return files if isinstance(files, (list, tuple)) else given["config_file"]
+
+
+def _leaves(name: str, node: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(node, (dict, list)) or not node:
+        yield name, node
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _leaves(f"{name}#{key}" if name else str(key), value)
+
+
+_OF_RUN = {name for name, parameter in signature(run).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+"""Arguments of `python -m monai.bundle run` itself."""
+
+
+def _given(arguments: Sequence[str] | None) -> dict[str, str]:
+    """Options of `python -m monai.bundle run` as they are typed; none in a process that is not that command."""
+    if arguments is None:
+        is_run = Path(sys.argv[0]).parts[-3:] == ("monai", "bundle", "__main__.py")
+        arguments = sys.argv[1:] if is_run else []
+    return dict(_pairs(arguments))
 
 
 def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:

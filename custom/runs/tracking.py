@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +40,8 @@ def _own_store(tracking_uri: str) -> Iterator[None]:
     """Names a store that fails, and keeps `MLFLOW_TRACKING_URI` of the environment from what is done inside."""
     elsewhere = os.environ.pop(_ENVIRONMENT, None)
     try:
-        yield
+        with _no_escaped_folder(tracking_uri):
+            yield
     except _ERRORS as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         if tracking_uri.startswith(_SQLITE):
@@ -54,6 +55,19 @@ def _own_store(tracking_uri: str) -> Iterator[None]:
     finally:
         if elsewhere is not None:
             os.environ[_ENVIRONMENT] = elsewhere
+
+
+@contextmanager
+def _no_escaped_folder(tracking_uri: str) -> Iterator[None]:
+    """Removes the folders that MLflow makes for a store whose URI has escapes: it takes them for the path."""
+    folders = Path(tracking_uri.removeprefix(_SQLITE)).parents if tracking_uri.startswith(_SQLITE) else ()
+    absent = [folder for folder in folders if "%" in str(folder) and not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in absent:
+            with suppress(OSError):  # not there, or not empty and so not MLflow's
+                folder.rmdir()
 
 
 def _file_of(tracking_uri: str) -> Path:
@@ -73,7 +87,8 @@ def open_store(tracking_uri: str) -> mlflow.MlflowClient:
             store.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(store.parent)
             with TemporaryDirectory(dir=store.parent, prefix=process_mark("mlflow")) as folder:
-                mlflow.MlflowClient(tracking_store(folder))
+                with _no_escaped_folder(tracking_store(folder)):
+                    mlflow.MlflowClient(tracking_store(folder))
                 (Path(folder) / store.name).replace(store)
         return mlflow.MlflowClient(tracking_uri)
 

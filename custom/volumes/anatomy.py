@@ -120,6 +120,10 @@ class Anatomy:
     def _ids(self, name: str) -> list[int]:
         return [k for k, label in sorted(self.structures.items()) if getattr(label, name)]
 
+    def columns(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Label id, as text -> so many of its columns, with their defaults: what a stage makes use of."""
+        return {str(k): {name: getattr(self.labels[k], name) for name in names} for k in range(self.num_labels)}
+
     @property
     def structures(self) -> dict[int, Label]:
         """Label id -> label, without the background."""

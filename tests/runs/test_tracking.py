@@ -58,6 +58,8 @@ def test_the_name_of_a_store_makes_none(tmp_path):
 def test_a_store_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
     open_store(tracking_store(tmp_path / name)).create_experiment("kept")
     assert (tmp_path / name / "mlflow.db").stat().st_size > 0
+    log_run(tracking_store(tmp_path / name), tmp_path / name, run_name="a", params={}, metrics={}, artifacts=[])
+    assert [path.name for path in tmp_path.iterdir()] == [name], "MLflow's folder with escapes in its name must go"
     assert open_store(tracking_store(tmp_path / name)).get_experiment_by_name("kept")
 
 
