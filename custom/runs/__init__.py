@@ -1,6 +1,6 @@
 """What surrounds every stage: files, folders, tracking, resuming, weights."""
 
-from custom.runs.files import file_hash
+from custom.runs.files import file_hash, make_folder, remove_leftovers
 from custom.runs.folders import RunFolder
 from custom.runs.locks import TrainingPlace
 from custom.runs.options import check_command_line, check_options
@@ -32,5 +32,7 @@ __all__ = [
     "existing_handler",
     "file_hash",
     "load_pretrained",
+    "make_folder",
+    "remove_leftovers",
     "tracking_store",
 ]

@@ -12,7 +12,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def part_of(path: Path) -> Path:
 _LEFT_AFTER_S = 3600  # ours: what is being written changes every few seconds
 
 
-def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+def remove_leftovers(folder: str | os.PathLike, *, below: bool = False) -> None:
     """Removes what killed processes left half-written in a folder: `.part_*`, `.mlflow_*`.
 
     What a process of this machine is at work on stays, and what changed within the last hour on another machine.
@@ -43,11 +44,13 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
         folder: without it nothing happens.
         below: look into the folders in it as well.
     """
+    root = Path(folder)
     for kind in ("part", "mlflow"):
-        for path in sorted((folder.rglob if below else folder.glob)(f".{kind}_*")):
+        for path in sorted((root.rglob if below else root.glob)(f".{kind}_*")):
             if _is_left(path, kind):
                 logger.warning("%s was left by a process that was killed, and is removed", path)
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                with suppress(OSError):  # it stands in nobody's way
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_left(path: Path, kind: str) -> bool:
@@ -68,6 +71,26 @@ def _is_running(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+@contextmanager
+def named_folder(folder: Path, option: str) -> Iterator[None]:
+    """Says which folder cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{reason}; make room there, or choose another {option}", str(folder)) from error
+
+
+def make_folder(output_dir: str) -> None:
+    """Makes a folder for results, if there is none.
+
+    Raises:
+        OSError: naming the folder that cannot be made, and the option.
+    """
+    with named_folder(Path(output_dir), "output_dir"):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from custom.runs.files import remove_leftovers
+from custom.runs.files import named_folder, remove_leftovers
 from ignite.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def lock_folder(output_dir: str, shard: int = 0) -> None:
 
     Raises:
         RuntimeError: if another process is at work there.
+        OSError: naming the folder that cannot be written.
     """
     path = Path(output_dir).resolve() / f".shard_{shard}.lock"
     _lock(path, f"output_dir {output_dir}", f"at work on part {shard} of this run", "output_dir or shard")
@@ -55,7 +56,9 @@ def _lock(path: Path, place: str, doing: str, other: str) -> None:
         return
     import fcntl
 
-    file = path.open("a+")
+    with named_folder(path.parent, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf: workers that are forked later do not inherit it
     except (BlockingIOError, PermissionError) as error:
@@ -65,9 +68,10 @@ def _lock(path: Path, place: str, doing: str, other: str) -> None:
         ) from error
     except OSError as error:
         logger.warning("%s: this file system has no locks (%s); start no second run into it", place, error)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    with named_folder(path.parent, other):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     _LOCKS[str(path)] = file
 
 
@@ -111,12 +115,7 @@ class TrainingPlace:
             return
         try:
             for path, (place, doing, other) in self._locks.items():
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _lock(path, place, doing, other)
-                except OSError as error:
-                    reason = error.strerror or str(error)
-                    raise OSError(error.errno, f"{reason}; choose another {other}", str(path.parent)) from error
+                _lock(path, place, doing, other)
         except BaseException:
             self._leave()
             raise

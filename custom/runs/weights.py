@@ -42,7 +42,8 @@ def save_atomically(content: Any, path: Path) -> None:
 
     def write(part: Path) -> None:
         try:
-            torch.save(content, part)
+            with part.open("wb") as file:  # given a name, torch would write it into the file
+                torch.save(content, file)
         except RuntimeError as error:  # what torch calls a full disk
             raise OSError(errno.EIO, "torch could not write all of it, the disk may be full") from error
 
