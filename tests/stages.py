@@ -6,6 +6,7 @@ Commands run in processes forked from one that has imported everything: a kill t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from typing import Any
 from helpers import BUNDLE, ROOT, SEG_BUNDLE, TINY, TINY_TRAINING
 
 _STARTER = '''
-import builtins, errno, io, json, os, re, resource, runpy, select, signal, sys, time
+import builtins, contextlib, ctypes, errno, io, json, os, re, resource, runpy, select, signal, sys, time
 import custom.confidence, custom.diffusion, custom.evaluation, custom.masks, custom.runs, custom.segmentation
-import custom.synthesis, custom.volumes, matplotlib.figure, mlflow, monai.bundle, monai.networks.nets, torch
+import custom.synthesis, custom.volumes, matplotlib.figure, mlflow.store.tracking.sqlalchemy_store, monai.bundle
+import monai.networks.nets, torch._dynamo
+sys.path.append("tests")
+from stages import saved_files
 torch.set_num_threads(1)
 
 
@@ -42,9 +46,10 @@ def fail(folder, number, code):
 
 
 def child(job):
-    signal.setitimer(signal.ITIMER_PROF, job.get("kill_after_s", 0))  # its signal ends a process as SIGKILL does
     if "most_bytes" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["most_bytes"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    if job.get("bound_by_modes"):  # root without capabilities is: _LINUX_CAPABILITY_VERSION_3, and no sets
+        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
     opened = fail(job["folder"], job.get("failing_write", 0), job.get("code", 0))
     sys.argv = ["", *job["arguments"]]
     try:
@@ -61,6 +66,28 @@ def child(job):
     os._exit(code)
 
 
+def used_s(process):
+    """Processor time so far, without that of its children."""
+    with open(f"/proc/{process}/stat") as file:
+        ticks = file.read().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def watch(process, job, output):
+    """What a process says until it has ended, and how often it saved a file; it is killed when the job says so."""
+    said, saves = b"", set()
+    while True:
+        if select.select([output], [], [], 0.005)[0]:
+            part = os.read(output, 1 << 16)
+            if not part:
+                return said.decode(errors="replace"), len(saves)
+            said += part
+        with contextlib.suppress(FileNotFoundError):  # of what is removed meanwhile
+            saves.update((path, path.stat().st_mtime_ns) for path in saved_files(job["folder"]))
+        if len(saves) >= job.get("kill_after_saves", 1e9) or used_s(process) >= job.get("kill_after_s", 1e9):
+            os.kill(process, signal.SIGKILL)
+
+
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -71,17 +98,15 @@ for line in sys.stdin:
         os.dup2(write, 2)
         child(job)
     os.close(write)
-    said = b""
-    while part := os.read(read, 1 << 16):
-        said += part
+    text, saves = watch(process, job, read)
     os.close(read)
     _, status, used = os.wait4(process, 0)
-    text = said.decode(errors="replace")
     writes = re.search(r"\\nwrites (\\d+)$", text)
     print(json.dumps({
         "code": os.waitstatus_to_exitcode(status),
         "said": text[: writes.start()] if writes else text,
         "writes": int(writes[1]) if writes else 0,
+        "saves": saves,
         "cpu_s": used.ru_utime + used.ru_stime,
     }), flush=True)
 '''
@@ -89,11 +114,15 @@ for line in sys.stdin:
 
 @dataclass
 class Result:
-    """What a process came to: exit code (negative: the signal), output, files it opened to write, processor time."""
+    """What a process came to.
+
+    Exit code (negative: the signal), output, files it opened to write, how often it saved a file, processor time.
+    """
 
     code: int
     said: str
     writes: int
+    saves: int
     cpu_s: float
 
 
@@ -244,8 +273,8 @@ class Runs:
         """A stage into a folder.
 
         Args:
-            failure: `kill_after_s` of processor time; `failing_write` and `code`: from which opening of a file to write
-                on it fails, and with what; `most_bytes` that a file may have.
+            failure: `kill_after_s` of processor time, or `kill_after_saves` of files; `failing_write` and `code`: from which opening of a file to write
+                on it fails, and with what; `most_bytes` a file may have; `bound_by_modes`: also root is.
         """
         places = {"whole": str(self.whole), "cohort": str(self.cohort), "out": str(out)}
         job = {"arguments": STAGES[name].arguments(places), "folder": str(out), **failure}
@@ -254,9 +283,15 @@ class Runs:
         return Result(**json.loads(self._starter.stdout.readline()))
 
 
+def saved_files(folder: Path | str) -> list[Path]:
+    """All that a run has put in place but for logs and what is hidden."""
+    hidden, found = (".", "mlflow.db", "mlruns", "mlartifacts"), []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(hidden)]
+        found += [Path(root) / name for name in files if not name.startswith(hidden)]
+    return sorted(found)
+
+
 def results(folder: Path) -> dict[str, bytes]:
-    """Content of all that a run leaves but for logs and what is hidden."""
-    logs = {"mlflow.db", "mlruns", "mlartifacts"}
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    visible = [path for path in paths if not logs & set(path.parts) and not path.name.startswith(".")]
-    return {str(path): (folder / path).read_bytes() for path in visible}
+    """Name -> content of :func:`saved_files`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in saved_files(folder)}

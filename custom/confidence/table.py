@@ -63,7 +63,7 @@ class CalibrateConfidence:
         """Write the table."""
         tau, count = tau_table(self._cases, num_labels=self.num_labels, quantile=self.quantile)
         content = {"tau_hu2": tau.tolist(), "voxels": count.tolist(), "quantile": self.quantile, "masks": self._names}
-        write_json(self.path, {**content, **self.made_with})
+        write_json(self.path, {**content, **self.made_with}, option="confidence_table")
         logger.info("confidence table of %d cases: %s", len(self._cases), self.path)
 
 

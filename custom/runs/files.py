@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -73,6 +74,20 @@ def _is_running(process: int) -> bool:
     return True
 
 
+_REMEDIES = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT"), "make room there"),
+    **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "make the folder writable"),
+    **dict.fromkeys(("EEXIST", "ENOTDIR"), "move the file away that lies in its place"),
+    "EFBIG": "raise the limit of the size of files (ulimit -f)",
+}
+
+
+def disk_remedy(error: OSError, option: str) -> str:
+    """What to do when a folder or file cannot be written; `option` would name another place."""
+    known = _REMEDIES.get(errno.errorcode.get(error.errno or 0, ""), "make room or mend the disk there")
+    return f"{known}, or choose another {option}"
+
+
 @contextmanager
 def named_folder(folder: Path, option: str) -> Iterator[None]:
     """Says which folder cannot be written, and what to do."""
@@ -80,7 +95,7 @@ def named_folder(folder: Path, option: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"{reason}; make room there, or choose another {option}", str(folder)) from error
+        raise OSError(error.errno, f"{reason}; {disk_remedy(error, option)}", str(folder)) from error
 
 
 def make_folder(output_dir: str) -> None:
@@ -93,11 +108,16 @@ def make_folder(output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any], *, option: str = "output_dir") -> None:
     """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it.
 
+    Args:
+        path: of the file.
+        write: fills the file whose path it is given.
+        option: that names another place, for the message.
+
     Raises:
-        OSError: naming the file, when the disk is full or the folder cannot be written.
+        OSError: naming the file, when the disk is full or the folder cannot be written, and the remedy.
     """
     part = part_of(path)
     try:
@@ -106,18 +126,17 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(part, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"{reason}; nothing was written, make room or change the folder", str(path)
-        ) from error
+        remedy = disk_remedy(error, option)
+        raise OSError(error.errno, f"{reason}; nothing was written, {remedy}", str(path)) from error
     finally:
         if part.exists():
             part.unlink()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON atomically, one space deep; numbers that are not finite, which JSON has not, become null."""
+def write_json(path: Path, content: Mapping[str, Any], *, option: str = "output_dir") -> None:
+    """Writes JSON as :func:`replace_file`, one space deep; numbers that are not finite, which it has not, are null."""
     text = json.dumps(plain_values(content), indent=1, allow_nan=False)
-    replace_file(path, lambda part: part.write_text(text + "\n"))
+    replace_file(path, lambda part: part.write_text(text + "\n"), option=option)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import mlflow
 import numpy as np
-from custom.runs.files import process_mark, remove_leftovers
+from custom.runs.files import disk_remedy, process_mark, remove_leftovers
 from ignite.engine import Engine
 from mlflow.exceptions import MlflowException
 from monai.handlers import MLFlowHandler
@@ -45,16 +45,24 @@ def _own_store(tracking_uri: str) -> Iterator[None]:
     except _ERRORS as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         if tracking_uri.startswith(_SQLITE):
-            where, remedy = (
-                str(_file_of(tracking_uri)),
-                "make room on a full disk, else move it away: it is a log alone",
-            )
+            where, remedy = str(_file_of(tracking_uri)), _remedy(error, reason)
         else:
             where, remedy = f"tracking_uri {tracking_uri}", "start the server, or leave the option out"
         raise RuntimeError(f"{where}: MLflow cannot log here ({reason}); {remedy}") from error
     finally:
         if elsewhere is not None:
             os.environ[_ENVIRONMENT] = elsewhere
+
+
+def _remedy(error: Exception, reason: str) -> str:
+    """What to do about a store of a folder, by what SQLite says."""
+    if isinstance(error, OSError):
+        return disk_remedy(error, "output_dir")
+    if "readonly" in reason or "unable to open" in reason:
+        return "make the folder writable, or choose another output_dir"
+    if "full" in reason or "I/O" in reason:
+        return "make room there, or choose another output_dir"
+    return "move it away: it is a log alone"
 
 
 @contextmanager

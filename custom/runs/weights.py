@@ -33,11 +33,16 @@ def last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def save_atomically(content: Any, path: Path) -> None:
+def save_atomically(content: Any, path: Path, *, option: str = "output_dir") -> None:
     """`torch.save` to a hidden neighbour, then move it in place; an error leaves no part of it.
 
+    Args:
+        content: to save.
+        path: of the file.
+        option: that names another place, for the message.
+
     Raises:
-        OSError: naming the file, when the disk is full or the folder cannot be written.
+        OSError: naming the file, when the disk is full or the folder cannot be written, and the remedy.
     """
 
     def write(part: Path) -> None:
@@ -47,7 +52,7 @@ def save_atomically(content: Any, path: Path) -> None:
         except RuntimeError as error:  # what torch calls a full disk
             raise OSError(errno.EIO, "torch could not write all of it, the disk may be full") from error
 
-    replace_file(path, write)
+    replace_file(path, write, option=option)
 
 
 class WeightAverage(EMAHandler):
@@ -202,7 +207,7 @@ class KeepBest:
         if not score > self.best or idist.get_rank() != 0:
             return
         self.best = score
-        save_atomically(self.model.state_dict(), self.path)
+        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
 
 
@@ -228,5 +233,5 @@ class KeepLast:
         """Write the weights."""
         if idist.get_rank() != 0 or (self.keep_best is not None and self.keep_best.best > -float("inf")):
             return
-        save_atomically(self.model.state_dict(), self.path)
+        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
         logger.info("no validation gave a score: the last weights are kept: %s", self.path)
