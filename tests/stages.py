@@ -273,8 +273,9 @@ class Runs:
         """A stage into a folder.
 
         Args:
-            failure: `kill_after_s` of processor time, or `kill_after_saves` of files; `failing_write` and `code`: from which opening of a file to write
-                on it fails, and with what; `most_bytes` a file may have; `bound_by_modes`: also root is.
+            failure: `kill_after_s` of processor time, or `kill_after_saves` of files; `failing_write` and `code`: from
+                which opening of a file to write on it fails, and with what; `most_bytes` that a file may have;
+                `bound_by_modes`: the modes of folders hold for root, too.
         """
         places = {"whole": str(self.whole), "cohort": str(self.cohort), "out": str(out)}
         job = {"arguments": STAGES[name].arguments(places), "folder": str(out), **failure}
