@@ -8,7 +8,7 @@ from typing import Any
 
 from custom.runs.files import file_hash, read_json
 
-__all__ = ["OF_A_RECORD", "read_record", "read_records"]
+__all__ = ["OF_A_RECORD", "read_record", "read_records", "read_set"]
 
 _AGAIN = "run `synthesizing` again, which makes it anew"
 _TYPES: dict[str, type | tuple[type, ...]] = {"case": str, "mask_hash": str, "rejected": list, "score_hu": (int, float)}
@@ -51,7 +51,7 @@ def read_record(root: Path, name: str, needed: Mapping[str, set[str]]) -> dict[s
 
 def read_records(
     root: Path, cases: Sequence[Mapping[str, Any]], needed: Mapping[str, set[str]]
-) -> list[Mapping[str, Any]]:
+) -> list[dict[str, Any]]:
     """:func:`read_record` of all cases of a synthetic set.
 
     Raises:
@@ -64,3 +64,41 @@ def read_records(
                 f"no record: {case}"
             )
     return [read_record(root, case["record"], needed) for case in cases]
+
+
+def read_set(output_dir: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """A finished synthesis: records of the cases kept, sorted by score, and of those rejected, and its provenance.
+
+    Args:
+        output_dir: of the synthesis.
+
+    Raises:
+        FileNotFoundError: when there is none, or a template is gone.
+        ValueError: naming a list, record or file that is damaged, or a template that has changed; also when no case was
+            made.
+    """
+    listing, again = Path(output_dir, "datalist.json"), "run `synthesizing` again, which writes it anew"
+    if not listing.exists():
+        raise FileNotFoundError(f"{listing}: no synthetic data set; run synthesize.json first")
+    content = read_json(listing, again)
+    for key, kind in {"training": list, "rejected": list, "provenance": dict}.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(
+                f"{listing}: is damaged ({key} must be there and whole, got {content.get(key)!r}); {again}"
+            )
+    needed = {key: inner for key, inner in OF_A_RECORD.items() if key not in ("files", "mask_hash")}
+    kept, rejected = (read_records(listing.parent, content[section], needed) for section in ("training", "rejected"))
+    if not kept + rejected:
+        raise ValueError(f"{listing}: the data set is empty; there is nothing to report")
+    _check_templates([*kept, *rejected], content["provenance"].get("templates", {}))
+    return sorted(kept, key=lambda record: record["score_hu"]), rejected, content["provenance"]
+
+
+def _check_templates(records: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]) -> None:
+    """Refuse templates that are gone or are not what they were; older sets have no hashes."""
+    for file in sorted({record["template"][key] for record in records for key in ("image", "label")}):
+        if file_hash(file) != hashes.get(file, file_hash(file)):
+            raise ValueError(
+                f"{file}: this template has changed since the set was made from it; bring back what it was, or run "
+                "`synthesizing` again into another output_dir"
+            )

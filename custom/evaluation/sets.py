@@ -185,12 +185,22 @@ def _near_duplicates(
     return found
 
 
+_MORE_CASES = {
+    "synthetic": "make a larger set by `synthesizing`, or relax its `gate`",
+    "training": "list more in `training_datalists`, or choose another `training_section`",
+    "held_out": "list more in `held_out_datalists`, or choose other `held_out_sections`",
+}
+"""How a user gets more cases of a set."""
+
+
 def _check(limits: Mapping[str, float], **sets: Sequence[Case]) -> None:
     if unknown := sorted(set(limits) - set(_LIMITS)):
         raise ValueError(f"limits: {unknown} do not exist; the limits are {list(_LIMITS)}")
     for name, cases in sets.items():
         if len(cases) < 2:
-            raise ValueError(f"{name}: at least two cases are needed to measure a set, got {len(cases)}")
+            raise ValueError(
+                f"{name}: at least two cases are needed to measure a set, got {len(cases)}; {_MORE_CASES[name]}"
+            )
         check_files([{key: case[key] for key in ("image", "label")} for case in cases], f"{name} cases")
 
 

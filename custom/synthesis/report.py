@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from custom.evaluation.comparison import COUNTS, label_table, paired_table, read_evaluations
-from custom.evaluation.records import OF_A_RECORD, read_records
+from custom.evaluation.records import read_set
 from custom.evaluation.sets import SET_MEASURES
-from custom.runs.files import file_hash, read_json, replace_file
+from custom.runs.files import read_json, replace_file
 from custom.runs.tracking import log_run
 from custom.volumes.names import case_names
 from custom.volumes.pictures import case_png, histogram_png, ranges_png, read_ras, upright
@@ -59,10 +59,6 @@ def _shown(kept: Sequence[Record], rejected: Sequence[Record], max_cases: int) -
     return best | {record["case"] for record in rejected[: 2 * max_cases - len(best)]}
 
 
-_OF_PROVENANCE: dict[str, dict[str, Any]] = {"label_mapping": {"from": [], "to": []}, "templates": {}}
-"""What older sets may lack."""
-
-
 def _read_volumes(
     root: Path,
     kept: Sequence[Record],
@@ -85,14 +81,8 @@ def _read_volumes(
             caption = f"{record['case']}, score {record['score_hu']:.1f} HU"
             pictures[record["case"]] = _picture(case_png(image, label, trust, vessel_labels=vessel_labels), caption)
     templates = {(r["template"]["image"], r["template"]["label"]): r["template"] for r in [*kept, *rejected]}
-    label_mapping, known = (provenance.get(key, default) for key, default in _OF_PROVENANCE.items())
-    for (image_file, label_file), template in sorted(templates.items()):
-        for file in (image_file, label_file):
-            if file_hash(file) != known.get(file, file_hash(file)):
-                raise ValueError(
-                    f"{file}: this template has changed since the set was made from it; bring back what it was, or run "
-                    "`synthesizing` again into another output_dir"
-                )
+    label_mapping = provenance.get("label_mapping", {"from": [], "to": []})  # which older sets lack
+    for (image_file, _), template in sorted(templates.items()):
         image, label = read_ras(image_file), upright(read_labels(template, label_mapping))
         _add_values(groups["real templates"], image, label, names, _VOXELS // len(templates), rng)
     return pictures, groups
@@ -158,24 +148,6 @@ def _segmenter_section(evaluations: Mapping[str, str], vessel_names: Sequence[st
     }
 
 
-def _read_set(listing: Path) -> tuple[list[Record], list[Record], Mapping[str, Any]]:
-    """Records of a finished synthesis, kept ones sorted by score and rejected ones, and its provenance."""
-    if not listing.exists():
-        raise FileNotFoundError(f"{listing}: no synthetic data set; run synthesize.json first")
-    again = "run `synthesizing` again, which writes it anew"
-    content = read_json(listing, again)
-    for key, kind in {"training": list, "rejected": list, "provenance": dict}.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(
-                f"{listing}: is damaged ({key} must be there and whole, got {content.get(key)!r}); {again}"
-            )
-    needed = {key: inner for key, inner in OF_A_RECORD.items() if key not in ("files", "mask_hash")}
-    kept, rejected = (read_records(listing.parent, content[section], needed) for section in ("training", "rejected"))
-    if not kept + rejected:
-        raise ValueError(f"{listing}: the data set is empty; there is nothing to report")
-    return sorted(kept, key=lambda record: record["score_hu"]), rejected, content["provenance"]
-
-
 def write_report(
     output_dir: str,
     *,
@@ -203,11 +175,10 @@ def write_report(
         path of the page.
 
     Raises:
-        FileNotFoundError: when there is no finished synthesis.
-        ValueError: when it has no case.
+        FileNotFoundError, ValueError: of :func:`custom.evaluation.records.read_set`.
     """
     root = Path(output_dir)
-    kept, rejected, provenance = _read_set(root / "datalist.json")
+    kept, rejected, provenance = read_set(output_dir)
     pictures, groups = _read_volumes(
         root,
         kept,
