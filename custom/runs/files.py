@@ -147,8 +147,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:  # of json, and of characters that are no text
-        raise ValueError(f"{path}: is damaged ({error}); {remedy}") from error
+    except (ValueError, OSError) as error:  # of json, of characters that are no text, and of a folder
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: is damaged ({reason}); {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is damaged (it must hold one JSON object); {remedy}")
     return content

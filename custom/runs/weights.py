@@ -118,7 +118,7 @@ class LoadWeights:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}, and no weights by name")
+                raise TypeError("it holds no weights by name")
             self.model.load_state_dict(state)
         except Exception as error:  # what is no file of torch makes it raise errors of any kind
             raise ValueError(

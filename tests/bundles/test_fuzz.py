@@ -24,7 +24,7 @@ from fuzz.draws import Case, draw
 from fuzz.verdict import assert_clear, assert_whole, contents
 
 COUNT = int(os.environ.get("STRUCTDIFF_FUZZ_COUNT", "240"))
-SAMPLE = 12
+SAMPLE = 8
 """Cases of the fast suite."""
 
 

@@ -109,6 +109,8 @@ def test_damaged_json_is_named_with_what_is_wrong_and_the_remedy(tmp_path):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"a.json: is damaged \(.*{reason}.*\); make it anew"):
             read_json(tmp_path / "a.json", "make it anew")
+    with pytest.raises(ValueError, match=r"is damaged \(Is a directory\); make it anew"):
+        read_json(tmp_path, "make it anew")
 
 
 def test_differences_are_named_by_the_innermost_key():

@@ -118,6 +118,9 @@ def test_pretrained_weights_are_optional_but_must_fit(tmp_path):
     torch.save(torch.nn.Linear(3, 2).state_dict(), path)
     with pytest.raises(ValueError, match="these are not weights of the configured network"):
         load_pretrained(network, str(path))
+    torch.save(None, path)
+    with pytest.raises(ValueError, match=r"configured network \(it holds no weights by name\); use the"):
+        load_pretrained(network, str(path))
     with pytest.raises(FileNotFoundError, match="no weights; train first"):
         LoadWeights(network, str(tmp_path / "none.pt"))()
 
