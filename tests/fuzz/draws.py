@@ -96,7 +96,7 @@ def draw_state(key: str, rng: random.Random, home: Path) -> Case:
 
 
 def draw_option(key: str, rng: random.Random, home: Path) -> Case:
-    defaults = options_of(RUNS[key])
+    defaults = options_of(key)
     while True:
         name = rng.choice(sorted(defaults))
         sure = rng.random() < 0.6
@@ -119,7 +119,7 @@ def draw_option(key: str, rng: random.Random, home: Path) -> Case:
 
 
 def draw_typo(key: str, rng: random.Random, home: Path) -> Case:
-    known = options_of(RUNS[key])
+    known = options_of(key)
     while True:
         first, _, last = rng.choice(sorted(known)).rpartition("#")
         name = f"{first}#{misspelt(last, rng)}".lstrip("#")  # a block that is not there is refused by MONAI itself

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from typing import Any
 
 from custom.runs.options import RULES
-from fuzz.chains import Run, parser_of
+from fuzz.chains import RUNS, parser_of
 
 BLOCKS = {"generating": ("motion", "edits", "gate"), "synthesizing": ("gate",), "measuring": ("limits",)}
 """What a run reads of these; others have them from the configs before, and make nothing of them."""
@@ -19,8 +20,10 @@ UNBOUNDED = ("count", "retries", "max_epochs", "samples_per_epoch", "workers", "
 """Which a run is right to take however long it will need."""
 
 
-def options_of(run: Run) -> dict[str, Any]:
+@functools.cache
+def options_of(key: str) -> dict[str, Any]:
     """Options of a run and their defaults: those with a rule, of blocks, of a row of the anatomy, of the network."""
+    run = RUNS[key]
     parser = parser_of(run)
     blocks = BLOCKS.get(run.run_id, ())
     found = {}
