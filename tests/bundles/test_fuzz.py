@@ -9,6 +9,7 @@ leaves every file as it was; what may be meant is done instead, whole. There is 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import sys
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from custom.checks import cause_of
 from custom.phantom.cohort import make
 from fuzz.chains import RUNS, parser_of, start
 from fuzz.draws import Case, draw
+from fuzz.files import IMAGE
 from fuzz.verdict import assert_clear, assert_whole, contents
 
 COUNT = int(os.environ.get("STRUCTDIFF_FUZZ_COUNT", "240"))
@@ -125,6 +128,23 @@ def test_good_files_and_options_are_no_obstacle(complete, home, key):
     """So that every refusal is due to what was spoilt."""
     start(RUNS[key], home, RUNS[key].options, {})
     assert_whole(home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["rendering", "synthesizing", "generating"])
+def test_a_folder_that_a_refused_run_has_claimed_is_free_for_another(complete, home, key):
+    """So that a record of who was at work may stay."""
+    run, image = RUNS[key], home / RUNS[key].images[0]
+    whole = image.read_bytes()
+    IMAGE["any_nan"](image, random.Random(0))
+    with pytest.raises(RuntimeError) as refused:
+        start(run, home, run.options, {})
+    assert image.name in cause_of(refused.value)
+    assert len(list((home / "out").glob("*.json"))) == 1
+    image.unlink()
+    image.write_bytes(whole)
+    start(run, home, {**run.options, "seed": 7}, {})
+    assert_whole(home / "out")
 
 
 @pytest.mark.slow
