@@ -48,7 +48,7 @@ def test_a_table_of_an_older_version_and_one_of_other_weights_are_told_so(tmp_pa
     with pytest.raises(ValueError, match="was made by an older version"):
         estimate(path)
     path.write_text(json.dumps(WHOLE | {"weights": "xyz"}))
-    with pytest.raises(ValueError, match="was made with weights xyz, not abc; calibrate anew"):
+    with pytest.raises(ValueError, match="made with weights xyz, not abc; calibrate anew, or bring back the model.pt"):
         estimate(path)
     with pytest.raises(FileNotFoundError, match="no confidence table; run calibrate.json"):
         estimate(tmp_path / "none.json")

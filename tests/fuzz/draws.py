@@ -88,7 +88,7 @@ def draw_state(key: str, rng: random.Random, home: Path) -> Case:
     return Case(
         key,
         f"{way} of {file}",
-        (f"~/{file}",),
+        (f"~/{file}", *["model.pt#ckpt_dir"] * (file == "models/model.pt")),  # a table knows others by their hash
         lambda home: ways[way](home / file, random.Random(seed)),
         options=options,
         sure=way not in doubtful,
