@@ -155,5 +155,6 @@ def test_whatever_is_spoilt_is_refused_clearly_or_does_no_harm(complete, home, i
 
 @pytest.mark.parametrize("index", range(SAMPLE))
 def test_a_sample_of_the_above(kept, home, index):
-    cheap = [key for key, run in RUNS.items() if "set" not in str(run) and "masks/" not in str(run)]
+    """Of runs that need nothing which others made."""
+    cheap = [key for key, run in RUNS.items() if not re.search(r"\b(set|masks)/", str(run))]
     judge(draw(index, cheap, home), home)
