@@ -68,7 +68,8 @@ class Resume:
         options: more of it, by name.
         data: name -> cases, each a dictionary, whose files must hold what they held. Hashes of the content are compared
             and no paths or times, so data may be moved and copied; reading the files once more costs little beside
-            unpacking and resampling them, which a training does anyway.
+            unpacking and resampling them, which a training does anyway. Cases without an entry `case` are those of
+            MONAI Label, where labels are added while a training is interrupted, and are not compared.
         forget_when_done: remove the file at the end of a run, so that the next one is another training; else a finished
             run stays finished.
 
@@ -149,12 +150,13 @@ _FILES = ("image", "label", "confidence")
 
 
 def _content(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Number and name of each case -> its numbers, and hashes of its files."""
+    """Number and name of each case -> its numbers, and hashes of its files; of cases that have a name."""
     return {
-        f"{number} {case.get('case', '')}".strip(): {
+        f"{number} {case['case']}": {
             key: file_hash(value) if key in _FILES else value
             for key, value in case.items()
             if key in _FILES or isinstance(value, (bool, int, float))
         }
         for number, case in enumerate(cases)
+        if "case" in case
     }

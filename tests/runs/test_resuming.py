@@ -237,6 +237,16 @@ def test_cases_are_compared_by_what_their_files_hold(tmp_path):
         run("moved").run(range(3), max_epochs=3)
 
 
+def test_cases_without_a_name_may_grow_as_in_monai_label(tmp_path):
+    path = tmp_path / "run.pt"
+    for number in (1, 2):
+        (tmp_path / f"{number}").write_bytes(b"label")
+        cases = [{"label": str(tmp_path / f"{k + 1}")} for k in range(number)]
+        run = Run(path, data={"training": cases})
+        run.trainer.run(range(3), max_epochs=number)
+        assert run.epochs == [number]
+
+
 def test_another_number_of_processes_is_named(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     Run(path).trainer.run(range(3), max_epochs=1)
