@@ -12,8 +12,9 @@ import pytest
 import torch
 from custom.diffusion.transforms import VaryContrastd
 from custom.evaluation.gate import ImageGate, examine, rejections
+from custom.runs.locks import lock_folder
 from custom.synthesis.cases import synthesis_cases
-from helpers import BUNDLE, TINY, fails_with, other_process_at_work, template_of, workflow_of
+from helpers import BUNDLE, TINY, fails_with, other_process, template_of, workflow_of
 
 CONFIGS = ("inference.json", "synthesize.json")
 MAPPING = {"from": [11], "to": [0]}
@@ -145,7 +146,7 @@ def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, settings, 
     before = nib.load(files[0]).get_fdata()
     stamp = files[1].stat().st_mtime_ns
     files[0].write_bytes(b"damaged")
-    with other_process_at_work(out), fails_with("is at work on part 0 of this run"):
+    with other_process(lambda: lock_folder(str(out))), fails_with("is at work on part 0 of this run"):
         run(workflow, *CONFIGS, **again)
     assert files[0].read_bytes() == b"damaged"
     run(workflow, *CONFIGS, **again)
