@@ -49,7 +49,7 @@ def draw_volume(key: str, rng: random.Random, home: Path) -> Case:
     ways = {**(LABEL if label else IMAGE), **doubtful}
     if "confidence" in file:
         ways = {name: way for name, way in ways.items() if name not in ("byte_scale", "constant", "unit_scale")}
-    if len(run.labels) > 1 and "data" in file and key not in ("rendering",):
+    if label and file.replace("labels", "images") in run.images:  # a mask alone may have any grid
         ways["other_grid"] = rewritten(other_grid)
     way = rng.choice(sorted(ways))
     seed = rng.random()
