@@ -176,7 +176,10 @@ def file_hash(file: str) -> str:
         FileNotFoundError: naming the file.
     """
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: there is no such file; make it first, or correct the option that names it")
+        raise FileNotFoundError(
+            f"{file}: there is no such file; of weights: train first, or point `ckpt_dir` to a folder with model.pt; "
+            "else make it, or correct the option that names it"
+        )
     return content_hash(Path(file).read_bytes())
 
 
