@@ -97,7 +97,8 @@ def read_set(output_dir: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 def _check_templates(records: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]) -> None:
     """Refuse templates that are gone or are not what they were; older sets have no hashes."""
     for file in sorted({record["template"][key] for record in records for key in ("image", "label")}):
-        if file_hash(file) != hashes.get(file, file_hash(file)):
+        now = file_hash(file)
+        if now != hashes.get(file, now):
             raise ValueError(
                 f"{file}: this template has changed since the set was made from it; bring back what it was, or run "
                 "`synthesizing` again into another output_dir"

@@ -1,9 +1,10 @@
 """What surrounds every stage: files, folders, tracking, resuming, weights."""
 
+from custom.runs.command_line import check_command_line
 from custom.runs.files import file_hash, make_folder, remove_leftovers
 from custom.runs.folders import RunFolder
 from custom.runs.locks import TrainingPlace
-from custom.runs.options import check_command_line, check_options
+from custom.runs.options import check_options
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import LogToMLFlow, tracking_store
 from custom.runs.weights import (

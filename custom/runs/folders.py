@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from custom.runs.command_line import configured
 from custom.runs.files import (
     content_hash,
     differences,
@@ -20,7 +21,6 @@ from custom.runs.files import (
     write_json,
 )
 from custom.runs.locks import is_at_work, lock_folder, unlock_folder
-from custom.runs.options import configured
 from ignite.engine import Engine
 
 logger = logging.getLogger(__name__)

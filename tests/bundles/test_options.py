@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from custom.checks import cause_of
-from custom.runs.options import RULES, check_command_line, check_options
+from custom.runs.command_line import check_command_line
+from custom.runs.options import RULES, check_options
 from fire.parser import DefaultParseValue
 from helpers import BUNDLE, SEG_BUNDLE, TINY, fails_with, template_of
 from monai.bundle import ConfigParser

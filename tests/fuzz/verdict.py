@@ -45,7 +45,7 @@ OWN = re.compile(r"/\.\w[\w.]*\.lock$|/out/(generation|synthesis|rendering)\.jso
 
 
 def assert_clear(error: BaseException, names: tuple[str, ...], before: Mapping, after: Mapping) -> None:
-    """An error as a user needs it; see the head of this file.
+    """An error as a user needs it; see the head of tests/bundles/test_fuzz.py.
 
     Args:
         error: that ended the run.
