@@ -433,11 +433,20 @@ def confidence(work_dir: str = "runs/downstream", draws: Sequence[int] = (0, 1),
     Of synthetic volumes in the contrast of their case, whose true image is known: the case deformed to the same mask.
     Printed for each label: Spearman correlation with the true error of 3^3 means, and the 10 and 90 % quantiles of the
     voxel weights, of the maps as they are, of maps scaled by label and edge distance, and of perfect ones.
+
+    Raises:
+        ValueError: naming a set of fewer than `cases` accepted volumes.
     """
     rows: dict[str, dict[str, list[float]]] = {}
     for draw in draws:
         work = Path(work_dir).resolve() / f"n1_draw{draw}"
-        items = absolute(work / "one_contrast/datalist.json", "training")
+        datalist = work / "one_contrast/datalist.json"
+        items = absolute(datalist, "training")
+        if not 0 < cases <= len(items):
+            raise ValueError(
+                f"{datalist}: the gate accepted {len(items)} volumes, --cases asks for {cases}; ask for 1 to these, "
+                "leave the draw out (--draws), or train longer: its list `rejected` has the reasons"
+            )
         truths = true_images(work, items, None)
         sets = {
             "by label": items,

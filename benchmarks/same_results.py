@@ -137,7 +137,7 @@ def compare(before: str, after: str) -> str:
     kinds = ("*.nii.gz", "*.pt", "*.csv", "*.json")
     names = [{str(p.relative_to(f)) for kind in kinds for p in f.rglob(kind)} for f in folders]
     for name in sorted(names[0] | names[1]):
-        if "/cache/" in name or name.endswith(("resume.pt", "generation.json", "synthesis.json")):
+        if "/cache/" in name or name.endswith(("resume.pt", "generation.json", "rendering.json", "synthesis.json")):
             continue
         if not (name in names[0] and name in names[1]):
             lines.append(f"{name}: only {'before' if name in names[0] else 'after'}")

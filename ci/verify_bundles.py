@@ -66,15 +66,22 @@ def check_metadata(bundle: Bundle) -> None:
 
 
 def check_pins(bundle: Bundle) -> None:
-    """Versions in the metadata are those installed here, with which the checks below ran."""
+    """Versions in metadata and card agree and are those installed here, with which the checks below ran."""
     metadata = bundle.metadata
     pins = dict(metadata["required_packages_version"])
     pins |= {name: metadata[f"{key}_version"] for name, key in (("monai", "monai"), ("numpy", "numpy"))}
     pins["torch"] = metadata["pytorch_version"]
-    installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins}
-    differing = [f"{name} {pins[name]}, installed {installed[name]}" for name in pins if pins[name] != installed[name]]
+    card = dict(re.findall(r"([\w-]+)==([\d.]+)", (bundle.root / "docs/README.md").read_text()))
+    asked = card | pins  # the card also has what single commands need
+    installed = {name: importlib.metadata.version(name).split("+")[0] for name in asked}
+    differing = [
+        f"{name} {asked[name]}, installed {installed[name]}" for name in asked if asked[name] != installed[name]
+    ]
     if differing:
-        raise ValueError(f"metadata.json pins {'; '.join(differing)}; change the pin or install ci/constraints.txt")
+        raise ValueError(f"the bundle pins {'; '.join(differing)}; change the pin or install ci/constraints.txt")
+    absent = [f"{name}=={version}" for name, version in pins.items() if card.get(name) != version]
+    if absent:
+        raise ValueError(f"docs/README.md does not say to install {absent}, which metadata.json pins; say so")
 
 
 def check_card(bundle: Bundle) -> None:

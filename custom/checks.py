@@ -16,7 +16,7 @@ from types import TracebackType
 
 import custom
 
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent) + os.sep
 _CHAINED = re.compile(r"\n\n(?:The above exception was the direct cause of|During handling of the above).*:\n\n")
 _LAST_FRAME = re.compile(r'.*\n  File "([^"]*)", line \d+, in .*?\n((?:    .*\n)*)(.*)', re.S)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,30 +56,44 @@ def network_of_prior(sigma: float = 0.1, channels: tuple[int, ...] = (8, 8)) -> 
     return network
 
 
-LOCK = """
-import os, sys, time
-from custom.runs.folders import lock_folder
-lock_folder(sys.argv[1])
-if os.fork() == 0:  # a worker that outlives its parent
-    os.close(1)
-    time.sleep(60)
-    os._exit(0)
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
 @contextlib.contextmanager
-def other_process_at_work(folder: Path) -> Iterator[subprocess.Popen]:
-    """Another process, with a forked worker, that holds the lock of a folder."""
-    command = [sys.executable, "-c", LOCK, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+def other_process(take: Callable[[], Any]) -> Iterator[int]:
+    """Another process that has called `take` and waits, with a forked worker that outlives it; its id.
+
+    Forked, not started: it need not import what this process has.
+    """
+    told, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.setpgid(0, 0)
+            take()
+            if os.fork() > 0:
+                os.write(tell, b"taken")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
     try:
-        assert process.stdout.readline() == "locked\n"
+        assert os.read(told, 5) == b"taken"
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.close(told)
+        os.killpg(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # the test has waited for it
+            os.waitpid(process, 0)
+
+
+def succeeds_elsewhere(take: Callable[[], Any]) -> bool:
+    """Whether another process can call `take`."""
+    process = os.fork()
+    if process == 0:
+        try:
+            take()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(process, 0)[1] == 0
 
 
 def workflow_of(bundle: Path) -> Callable[..., ConfigWorkflow]:
@@ -124,13 +136,14 @@ def fails_with(text):
     assert any(text in message for message in chain), chain
 
 
-def write_target(cohort, path, orientation):
-    """The test subject's label map in another orientation, an oblique frame, or on an anisotropic grid."""
-    source = nib.load(cohort / "labels/subject_003.nii.gz")
+def write_oriented(source_path, path, orientation):
+    """A volume in another orientation, an oblique frame, or on an anisotropic grid; returns voxels and affine."""
+    source = nib.load(source_path)
     data, affine = np.asarray(source.dataobj), source.affine.copy()
     if orientation == "LPS":
-        data, affine = data[::-1, ::-1], affine @ np.diag([-1, -1, 1, 1.0])
-        affine[:3, 3] = source.affine[:3, :3] @ np.array([57, 57, 0]) + source.affine[:3, 3]
+        flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+        flip[:2, 3] = data.shape[0] - 1, data.shape[1] - 1
+        data, affine = data[::-1, ::-1], affine @ flip
     elif orientation == "oblique":
         angle = np.deg2rad(12)
         turn = np.eye(4)

@@ -61,6 +61,20 @@ def make_data(folder: Path) -> None:
     write_json(data / "synthetic.json", {"training": cases})
 
 
+def _trainings(folder: Path, options: Mapping[str, Any]) -> dict[str, Entry]:
+    """Training, evaluation of its weights, and a training shared by processes, with weights of its own."""
+
+    def entry(run_id: str, output: str, models: str, writes: tuple[str, ...], *more: str) -> Entry:
+        places = {"ckpt_dir": str(folder / models), "output_dir": str(folder / output)}
+        return Entry(run_id, ("train.json", *more), "train", {**options, **places}, writes)
+
+    return {
+        "train": entry("training", "training", "models", ("models/model.pt", "training/metrics.csv")),
+        "evaluate": entry("evaluating", "evaluation", "models", ("evaluation/metrics.json",), "evaluate.json"),
+        "multi_gpu_train": entry("training", "training2", "models2", ("models2/model.pt",), "multi_gpu_train.json"),
+    }
+
+
 def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
     data, models = folder / "data", {"ckpt_dir": str(folder / "models")}
     training = {
@@ -93,13 +107,8 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
     synthesizing = {"mask_datalist": str(folder / "masks/datalist.json"), "output_dir": str(folder / "synthetic")}
     chain = ("inference.json", "synthesize.json")
 
-    def train(name: str, *more: str, models: Path = folder / "models") -> tuple[tuple[str, ...], str, dict[str, Any]]:
-        options = {**training, "ckpt_dir": str(models), "output_dir": str(folder / name)}
-        return ("train.json", *more), "train", options
-
     return {
-        "train": Entry("training", *train("training"), ("models/model.pt", "training/metrics.csv")),
-        "evaluate": Entry("evaluating", *train("evaluation", "evaluate.json"), ("evaluation/metrics.json",)),
+        **_trainings(folder, training),
         "inference": Entry(
             "run",
             ("inference.json",),
@@ -125,9 +134,6 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
             {**synthesis, **synthesizing},
             ("synthetic/set_metrics.json",),
         ),
-        "multi_gpu_train": Entry(
-            "training", *train("training2", "multi_gpu_train.json", models=folder / "models2"), ("models2/model.pt",)
-        ),
     }
 
 
@@ -135,7 +141,6 @@ def _structdiff_seg_cal(folder: Path) -> dict[str, Entry]:
     data, models = folder / "data", {"ckpt_dir": str(folder / "models")}
     training = {
         **TINY_SEGMENTER,
-        **models,
         "dataset_dir": str(data),
         "roi_margin": 8,
         "samples_per_epoch": 4,
@@ -143,27 +148,23 @@ def _structdiff_seg_cal(folder: Path) -> dict[str, Entry]:
         "val_interval": 1,
     }
 
-    def train(name: str, *more: str, **options: Any) -> tuple[tuple[str, ...], str, dict[str, Any]]:
-        return ("train.json", *more), "train", {**training, "output_dir": str(folder / name), **options}
-
-    synthetic = {"synthetic_datalists": [str(data / "synthetic.json")]}
+    pretraining = {"synthetic_datalists": [str(data / "synthetic.json")], "output_dir": str(folder / "pretraining")}
     images = {"images": [str(data / "images/subject_003.nii.gz")]}
-    second = {"ckpt_dir": str(folder / "models2")}
     return {
         "pretrain": Entry(
-            "pretraining", *train("pretraining", "pretrain.json", **synthetic), ("models/pretrained.pt",)
+            "pretraining",
+            ("train.json", "pretrain.json"),
+            "train",
+            {**training, **models, **pretraining},
+            ("models/pretrained.pt",),
         ),
-        "train": Entry("training", *train("training"), ("models/model.pt", "training/metrics.csv")),
-        "evaluate": Entry("evaluating", *train("evaluation", "evaluate.json"), ("evaluation/metrics.json",)),
+        **_trainings(folder, training),
         "inference": Entry(
             "run",
             ("inference.json",),
             "infer",
             {**TINY_SEGMENTER, **models, **images, "output_dir": str(folder / "segmented")},
             ("segmented/subject_003_seg.nii.gz",),
-        ),
-        "multi_gpu_train": Entry(
-            "training", *train("training2", "multi_gpu_train.json", **second), ("models2/model.pt",)
         ),
     }
 

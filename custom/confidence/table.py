@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from custom.runs.files import content_hash, plain_values, write_json
 from custom.volumes.grids import as_batch
-from custom.volumes.reading import file_of
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
@@ -24,7 +23,7 @@ _VOXELS_OF_A_LABEL = 50_000  # of a case, ours: the rank of a 0.9 quantile is th
 class CalibrateConfidence:
     """Collect variances of rendered held-out masks and write the confidence table.
 
-    At most 50,000 voxels of each label are kept of a case, drawn from its file name.
+    At most 50,000 voxels of each label are kept of a case, drawn by the name of its mask, `mask_name` of the batch.
 
     Args:
         path: JSON file to write.
@@ -46,11 +45,12 @@ class CalibrateConfidence:
 
     def collect(self, engine: Engine) -> None:
         """Keep variance and label of some voxels of each case."""
-        variances, labels = engine.state.output[Keys.PRED][:, 1].cpu(), engine.state.batch["label"]  # type: ignore[index]
-        for variance, volume in zip(variances, labels, strict=True):
+        variances = engine.state.output[Keys.PRED][:, 1].cpu()  # type: ignore[index]
+        labels, names = (engine.state.batch[key] for key in ("label", "mask_name"))  # type: ignore[index]
+        for variance, volume, name in zip(variances, labels, names, strict=True):
             label = as_batch(volume)[0, 0].cpu().round().long()
-            name = Path(file_of(volume)).name
-            generator = torch.Generator().manual_seed(int(content_hash(name.encode())[:8], 16))
+            file = f"{name}.nii.gz"  # drawn by file names, the shipped table has its scales
+            generator = torch.Generator().manual_seed(int(content_hash(file.encode())[:8], 16))
             ids, kept = label.flatten(), []
             for index in ids.unique().tolist():
                 voxels = (ids == index).nonzero()[:, 0]
@@ -63,7 +63,7 @@ class CalibrateConfidence:
         """Write the table."""
         tau, count = tau_table(self._cases, num_labels=self.num_labels, quantile=self.quantile)
         content = {"tau_hu2": tau.tolist(), "voxels": count.tolist(), "quantile": self.quantile, "masks": self._names}
-        write_json(self.path, {**content, **self.made_with})
+        write_json(self.path, {**content, **self.made_with}, option="confidence_table")
         logger.info("confidence table of %d cases: %s", len(self._cases), self.path)
 
 

@@ -65,7 +65,11 @@ class EstimateConfidenced(Transform):
         content = read_json(path, _REMEDY)
         for key, value in plain_values(made_with).items():
             if content.get(key) != value:
-                raise ValueError(f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew")
+                before = "the model.pt of `ckpt_dir`" if key == "weights" else "the options that it was made with"
+                raise ValueError(
+                    f"{table}: was made with {key} {content.get(key)}, not {value}; calibrate anew, or bring back "
+                    f"{before}"
+                )
         self.tau, self.c_min = scales_of(content.get("tau_hu2"), table), c_min
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -10,6 +10,7 @@ from custom.evaluation.handlers import (
     SegmentationPictures,
 )
 from custom.evaluation.labels import PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation.records import read_set
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
 
@@ -27,4 +28,5 @@ __all__ = [
     "measure_set",
     "radiomic_features",
     "radiomic_names",
+    "read_set",
 ]

@@ -22,7 +22,8 @@ from custom.evaluation.distances import (
     standardised,
 )
 from custom.evaluation.realism import draw_patches, edge_speckle, interior_spectrum, spectrum_ratio, two_sample_auc
-from custom.runs.files import plain_values, read_json, write_json
+from custom.evaluation.records import read_records
+from custom.runs.files import plain_values, write_json
 from custom.runs.tracking import log_run
 from custom.volumes.cases import check_files
 from custom.volumes.names import case_names
@@ -216,12 +217,22 @@ def _near_duplicates(
     return found
 
 
+_MORE_CASES = {
+    "synthetic": "make a larger set by `synthesizing`, or relax its `gate`",
+    "training": "list more in `training_datalists`, or choose another `training_section`",
+    "held_out": "list more in `held_out_datalists`, or choose other `held_out_sections`",
+}
+"""How a user gets more cases of a set."""
+
+
 def _check(limits: Mapping[str, float], **sets: Sequence[Case]) -> None:
     if unknown := sorted(set(limits) - set(_LIMITS)):
         raise ValueError(f"limits: {unknown} do not exist; the limits are {list(_LIMITS)}")
     for name, cases in sets.items():
         if len(cases) < 2:
-            raise ValueError(f"{name}: at least two cases are needed to measure a set, got {len(cases)}")
+            raise ValueError(
+                f"{name}: at least two cases are needed to measure a set, got {len(cases)}; {_MORE_CASES[name]}"
+            )
         check_files([{key: case[key] for key in ("image", "label")} for case in cases], f"{name} cases")
 
 
@@ -289,7 +300,7 @@ def measure_set(
     """
     labels = _Labels(num_labels, homogeneous_labels)
     root, rng = Path(output_dir), np.random.default_rng(seed)
-    records = [read_json(root / case["record"], "run `synthesizing` again, which writes it anew") for case in synthetic]
+    records = read_records(root, synthetic, {"template": {"image", "label"}, "measures": {"template_copy"}})
     real_cases = _with_templates(training, records)
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:

@@ -72,6 +72,9 @@ class MaskGenerator:
         reference: the source.
         neighbours: other references; none, one or more (see `custom.masks.motion.mixture_coefficients`).
         motion, edits, gate: how far to move, how to change vessels, what to accept; None takes the defaults.
+
+    Raises:
+        ValueError: when a random field of the motion is finer than the voxels.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class MaskGenerator:
     ) -> None:
         self.reference, self.neighbours = reference, list(neighbours)
         self.motion, self.edits, self.gate = motion or Motion(), edits or Edits(), gate or MaskGate()
+        self.motion.check_grid(reference.spacing_mm)
 
     def __call__(self, seed: Sequence[int]) -> Generated:
         """Draws until a label map is accepted.

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite
 from typing import Any, TypeVar
 
 import torch
 from custom.geometry.deformation import check_spacing, check_volume, sample
+from custom.runs.options import is_number
 from torch import Tensor
 
 __all__ = ["Edits", "Motion", "carry_points", "confine", "from_options", "mixture_coefficients"]
@@ -50,6 +50,15 @@ class Motion:
             raise ValueError(
                 f"motion: shrink must be in (0, 1] and retries at least 0, got {self.shrink}, {self.retries}."
             )
+
+    def check_grid(self, spacing_mm: Sequence[float]) -> None:
+        """Refuses fields finer than the voxels of a reference, naming the option."""
+        for name in ("coarse_sigma_mm", "fine_sigma_mm"):
+            if getattr(self, name) < max(spacing_mm):
+                raise ValueError(
+                    f"motion: {name} must be at least the voxel size of the reference, {max(spacing_mm):g} mm, got "
+                    f"{getattr(self, name)}; raise it"
+                )
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def from_options(kind: type[Kind], name: str, options: Mapping[str, Any]) -> Kin
     for key, value in options.items():
         default = defaults[key]
         numbers, kinds = (value, (int, float)) if isinstance(default, tuple) else ([value], (int, type(default)))
-        if not isinstance(numbers, (list, tuple)) or not all(isinstance(n, kinds) and isfinite(n) for n in numbers):
+        if not isinstance(numbers, (list, tuple)) or not all(isinstance(n, kinds) and is_number(n) for n in numbers):
             what = (
                 "a whole number" if isinstance(default, int) else "a number, or a list of two where the default is one"
             )

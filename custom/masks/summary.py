@@ -11,6 +11,7 @@ import numpy as np
 from custom.masks.cases import IMAGES, MASKS, PREPARED, RECORDS
 from custom.runs.files import read_json, write_json, write_table
 from custom.runs.tracking import log_run
+from custom.volumes.names import case_name
 from custom.volumes.numbering import mapped_key
 from custom.volumes.pictures import read_ras, save_mask_sheet
 
@@ -33,7 +34,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_pictures(root: Path, records: Sequence[Mapping[str, Any]], vessel_labels: Sequence[int]) -> Path:
-    files = [(f"reference {path.name}", path) for path in sorted((root / PREPARED).glob("*.nii.gz"))[:2]]
+    files = [(f"reference {case_name(path.name)}", path) for path in sorted((root / PREPARED).glob("*.nii.gz"))[:2]]
     files += [(r["case"], root / MASKS / f"{r['case']}.nii.gz") for r in records[:6]]
     path = root / "pictures" / "masks.png"
     save_mask_sheet(path, [(title, read_ras(file).round()) for title, file in files], vessel_labels=vessel_labels)

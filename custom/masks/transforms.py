@@ -18,7 +18,7 @@ from custom.masks.motion import Edits, Motion, from_options
 from custom.masks.preparation import LabelMap, prepare_label_map
 from custom.masks.reference import Neighbour, Reference, register_neighbour
 from custom.runs.files import content_hash, write_json
-from custom.runs.weights import UNREADABLE, last_line, save_atomically
+from custom.runs.weights import last_line, save_atomically
 from custom.volumes.anatomy import Label
 from custom.volumes.cases import case_name
 from custom.volumes.grids import as_batch, sample_cubic
@@ -162,7 +162,7 @@ class GenerateMaskd(Transform):
             try:
                 kept = torch.load(file, weights_only=True)
                 return Neighbour(kept["label_map"].numpy(), kept["weights"])
-            except (*UNREADABLE, KeyError, ValueError, OSError) as error:
+            except Exception as error:  # what is no file of torch makes it raise errors of any kind
                 logger.warning("%s: is damaged (%s); the registration is made again", file, last_line(error))
         neighbour = register_neighbour(reference.label_map, other, self.structures, reference.spacing_mm)
         content = {"label_map": torch.from_numpy(neighbour.label_map), "weights": neighbour.weights}

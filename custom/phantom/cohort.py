@@ -24,6 +24,7 @@ from custom.phantom.anatomy import Geometry, build_geometry
 from custom.phantom.appearance import add_artefacts, draw_appearance, draw_noise, move_right_artery, paint, scan
 from custom.phantom.labels import INTENDED_BETTI, LABELS, TopologyError
 from custom.runs.files import read_json, replace_file, write_json
+from custom.volumes.headers import placed_image
 from numpy.typing import NDArray
 
 __all__ = ["INTENDED_BETTI", "LABELS", "Subject", "make", "make_subject"]
@@ -148,8 +149,7 @@ def _write_subject(root: Path, index: int, provenance: dict[str, Any]) -> dict[s
     options = {k: provenance[k] for k in ("seed", "spacing_mm", "artefacts")}
     subject = make_subject(index=index, shape=tuple(provenance["shape"]), **options)
     for key, folder in FOLDERS.items():
-        nifti = nib.Nifti1Image(getattr(subject, key), subject.affine)
-        nifti.header.set_xyzt_units("mm")
+        nifti = placed_image(getattr(subject, key), subject.affine)
         replace_file(root / folder / f"subject_{index:03d}.nii.gz", partial(nib.save, nifti))
     return subject.parameters
 

@@ -1,8 +1,10 @@
 """What surrounds every stage: files, folders, tracking, resuming, weights."""
 
-from custom.runs.files import file_hash
-from custom.runs.folders import RemoveLeftovers, RunFolder, TrainingPlace
-from custom.runs.options import check_command_line, check_options
+from custom.runs.command_line import check_command_line
+from custom.runs.files import file_hash, make_folder, remove_leftovers
+from custom.runs.folders import RunFolder
+from custom.runs.locks import TrainingPlace
+from custom.runs.options import check_options
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import LogToMLFlow, tracking_store
 from custom.runs.weights import (
@@ -23,7 +25,6 @@ __all__ = [
     "LoadWeights",
     "LogToMLFlow",
     "RefuseDivergence",
-    "RemoveLeftovers",
     "Resume",
     "RunFolder",
     "SeedEachEpoch",
@@ -34,5 +35,7 @@ __all__ = [
     "existing_handler",
     "file_hash",
     "load_pretrained",
+    "make_folder",
+    "remove_leftovers",
     "tracking_store",
 ]

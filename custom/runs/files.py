@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -12,7 +13,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def part_of(path: Path) -> Path:
 _LEFT_AFTER_S = 3600  # ours: what is being written changes every few seconds
 
 
-def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+def remove_leftovers(folder: str | os.PathLike, *, below: bool = False) -> None:
     """Removes what killed processes left half-written in a folder: `.part_*`, `.mlflow_*`.
 
     What a process of this machine is at work on stays, and what changed within the last hour on another machine.
@@ -43,11 +45,13 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
         folder: without it nothing happens.
         below: look into the folders in it as well.
     """
+    root = Path(folder)
     for kind in ("part", "mlflow"):
-        for path in sorted((folder.rglob if below else folder.glob)(f".{kind}_*")):
+        for path in sorted((root.rglob if below else root.glob)(f".{kind}_*")):
             if _is_left(path, kind):
                 logger.warning("%s was left by a process that was killed, and is removed", path)
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                with suppress(OSError):  # it stands in nobody's way
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_left(path: Path, kind: str) -> bool:
@@ -70,11 +74,50 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it.
+_REMEDIES = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT"), "make room there"),
+    **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "make the folder writable"),
+    **dict.fromkeys(("EEXIST", "ENOTDIR"), "move the file away that lies in its place"),
+    "EFBIG": "raise the limit of the size of files (ulimit -f)",
+}
+
+
+def disk_remedy(error: OSError, option: str) -> str:
+    """What to do when a folder or file cannot be written; `option` would name another place."""
+    known = _REMEDIES.get(errno.errorcode.get(error.errno or 0, ""), "make room or mend the disk there")
+    return f"{known}, or choose another {option}"
+
+
+@contextmanager
+def named_folder(folder: Path, option: str) -> Iterator[None]:
+    """Says which folder cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{reason}; {disk_remedy(error, option)}", str(folder)) from error
+
+
+def make_folder(output_dir: str) -> None:
+    """Makes a folder for results, if there is none.
 
     Raises:
-        OSError: naming the file, when the disk is full or the folder cannot be written.
+        OSError: naming the folder that cannot be made, and the option.
+    """
+    with named_folder(Path(output_dir), "output_dir"):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+
+def replace_file(path: Path, write: Callable[[Path], Any], *, option: str = "output_dir") -> None:
+    """Writes to a hidden neighbour, then moves it in place; its folder is made. An error leaves no part of it.
+
+    Args:
+        path: of the file.
+        write: fills the file whose path it is given.
+        option: that names another place, for the message.
+
+    Raises:
+        OSError: naming the file, when the disk is full or the folder cannot be written, and the remedy.
     """
     part = part_of(path)
     try:
@@ -83,18 +126,17 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(part, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"{reason}; nothing was written, make room or change the folder", str(path)
-        ) from error
+        remedy = disk_remedy(error, option)
+        raise OSError(error.errno, f"{reason}; nothing was written, {remedy}", str(path)) from error
     finally:
         if part.exists():
             part.unlink()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON atomically, one space deep; numbers that are not finite, which JSON has not, become null."""
+def write_json(path: Path, content: Mapping[str, Any], *, option: str = "output_dir") -> None:
+    """Writes JSON as :func:`replace_file`, one space deep; numbers that are not finite, which it has not, are null."""
     text = json.dumps(plain_values(content), indent=1, allow_nan=False)
-    replace_file(path, lambda part: part.write_text(text + "\n"))
+    replace_file(path, lambda part: part.write_text(text + "\n"), option=option)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -105,8 +147,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:  # of json, and of characters that are no text
-        raise ValueError(f"{path}: is damaged ({error}); {remedy}") from error
+    except (ValueError, OSError) as error:  # of json, of characters that are no text, and of a folder
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: is damaged ({reason}); {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is damaged (it must hold one JSON object); {remedy}")
     return content
@@ -132,6 +175,11 @@ def file_hash(file: str) -> str:
     Raises:
         FileNotFoundError: naming the file.
     """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"{file}: there is no such file; of weights: train first, or point `ckpt_dir` to a folder with model.pt; "
+            "else make it, or correct the option that names it"
+        )
     return content_hash(Path(file).read_bytes())
 
 

@@ -1,18 +1,16 @@
-"""Folders that hold the results of one run: whose they are, and who is at work in them."""
+"""Folders that hold the results of one run: whose they are."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from custom.runs.command_line import configured
 from custom.runs.files import (
     content_hash,
     differences,
@@ -22,10 +20,10 @@ from custom.runs.files import (
     remove_leftovers,
     write_json,
 )
-from ignite.engine import Engine, Events
+from custom.runs.locks import is_at_work, lock_folder, unlock_folder
+from ignite.engine import Engine
 
 logger = logging.getLogger(__name__)
-_LOCKS: dict[str, TextIO] = {}
 
 
 def claim_folder(
@@ -44,21 +42,22 @@ def claim_folder(
             and removes them. None: it never does.
 
     Returns:
-        The provenance as written, with "config_hash" of all of it.
+        The provenance as written, with "config_hash" of all of it but :data:`CONFIG`.
 
     Raises:
         ValueError: if the folder belongs to another run (naming what differs) or holds other files.
     """
     root = Path(output_dir)
     record, wanted = root / name, plain_values(provenance)
-    wanted["config_hash"] = content_hash(json.dumps(wanted, sort_keys=True).encode())
+    hashed = {key: value for key, value in wanted.items() if key != CONFIG}
+    wanted["config_hash"] = content_hash(json.dumps(hashed, sort_keys=True).encode())
     if record.exists():
         found = read_json(record, f"choose another output_dir, or delete {root} if nothing in it is needed")
-        differing = differences({**found, "config_hash": None}, {**wanted, "config_hash": None})
+        differing = changes({**found, "config_hash": None}, {**wanted, "config_hash": None})
         if not differing:
             return found
         made = [path for path in _visible(root) if path.name not in (name, *(intermediate or ()))]
-        if intermediate is None or made or _is_at_work(root):
+        if intermediate is None or made or is_at_work(root):
             raise ValueError(
                 f"{record} belongs to another run ({_said(differing)}); repeat its options to go on, choose another "
                 f"output_dir, or delete {root} if nothing in it is needed"
@@ -102,151 +101,14 @@ def _said(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(parts) + (f"; and {len(changes) - _MOST} more" if len(changes) > _MOST else "")
 
 
-def _is_at_work(root: Path) -> bool:
-    """Whether a process is at work on any part of the run."""
-    for path in root.glob(".shard_*.lock"):
-        shard, own = int(path.name.removeprefix(".shard_").removesuffix(".lock")), str(path.resolve()) in _LOCKS
-        try:
-            lock_folder(str(root), shard)
-        except RuntimeError:
-            return True
-        if not own:
-            unlock_folder(str(root), shard)
-    return False
-
-
-def lock_folder(output_dir: str, shard: int = 0) -> None:
-    """Keeps other processes from doing the same part of a run in the same folder, until `unlock_folder` or the end.
-
-    The operating system lets go of the lock when the process ends in whatever way, so nothing has to be cleaned up. A
-    process that holds it already goes on. Where there are no POSIX locks (Windows, some network folders), a warning.
-
-    Args:
-        output_dir: of the run; exists.
-        shard: number of the part.
-
-    Raises:
-        RuntimeError: if another process is at work there.
-    """
-    path = Path(output_dir).resolve() / f".shard_{shard}.lock"
-    _lock(path, f"output_dir {output_dir}", f"at work on part {shard} of this run", "output_dir or shard")
-
-
-def _lock(path: Path, place: str, doing: str, other: str) -> None:
-    """Takes a lock file, or refuses: somebody is `doing` something at a `place`; `other` options would do."""
-    if str(path) in _LOCKS:
-        return
-    if sys.platform == "win32":
-        logger.warning("%s: locks need POSIX; start no second run into it", place)
-        return
-    import fcntl
-
-    file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf: workers that are forked later do not inherit it
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise RuntimeError(
-            f"{place}: {file.read().strip()} is {doing}; wait until it has ended or end it, or choose another {other}"
-        ) from error
-    except OSError as error:
-        logger.warning("%s: this file system has no locks (%s); start no second run into it", place, error)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    _LOCKS[str(path)] = file
-
-
-def unlock_folder(output_dir: str, shard: int = 0) -> None:
-    """Lets other processes do the part of a run that `lock_folder` keeps; without a lock nothing happens."""
-    _unlock(Path(output_dir).resolve() / f".shard_{shard}.lock")
-
-
-def _unlock(path: Path) -> None:
-    file = _LOCKS.pop(str(path), None)
-    if file is not None:
-        file.close()
-
-
-class RemoveLeftovers:
-    """Remove what killed processes left half-written in a folder, see :func:`remove_leftovers`, when an engine starts.
-
-    Args:
-        output_dir: the folder; those in it are looked into as well.
-    """
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = Path(output_dir)
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator that writes there."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Remove."""
-        remove_leftovers(self.output_dir, below=True)
-
-
-class TrainingPlace:
-    """Where one training at a time writes: its folder, and the file of its weights.
-
-    Of several processes that train together the first takes it for all.
-
-    Args:
-        output_dir: of the training; made.
-        weights: file that it writes; its folder is made.
-    """
-
-    def __init__(self, *, output_dir: str, weights: str) -> None:
-        self.output_dir, self.weights = Path(output_dir), Path(weights)
-        folder, file = self.output_dir.resolve(), self.weights.resolve()
-        self._locks = {
-            folder / ".training.lock": (f"output_dir {output_dir}", "training in this folder", "output_dir"),
-            file.with_name(f".{file.name}.lock"): (weights, "training these weights", "ckpt_dir"),
-        }
-
-    def take(self) -> None:
-        """Lock both until :meth:`run` is over or the process ends, and remove what killed processes left there.
-
-        Raises:
-            RuntimeError: naming the process that is training there.
-            OSError: naming the folder that cannot be written.
-        """
-        if int(os.environ.get("RANK", 0)) != 0:
-            return
-        try:
-            for path, (place, doing, other) in self._locks.items():
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _lock(path, place, doing, other)
-                except OSError as error:
-                    reason = error.strerror or str(error)
-                    raise OSError(error.errno, f"{reason}; choose another {other}", str(path.parent)) from error
-        except BaseException:
-            self._leave()
-            raise
-        remove_leftovers(self.output_dir, below=True)
-        remove_leftovers(self.weights.parent)
-
-    def run(self, trainer: Engine) -> None:
-        """Train, and let others in when it is over in whatever way."""
-        self.take()
-        try:
-            trainer.run()
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        for path in self._locks:
-            _unlock(path)
-
-
 NO_OPTIONS = ("files", "finalize", "imports", "initialize", "options", "run", "versions")
 PLACES = (
     *("bundle_root", "ckpt_dir", "dataset_dir", "device", "num_workers", "output_dir", "shard", "shards"),
     *("tracking_uri", "use_cuda", "workers"),
 )
 """Options that say where and by how many processes a run is made, not what comes out of it."""
+CONFIG = "config"
+"""Entry of what a run records: what its configs say beyond its options."""
 
 
 def run_options(resolved: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -265,6 +127,31 @@ def run_options(resolved: Mapping[str, Any], leave_out: Sequence[str] = ()) -> d
     return {name: plain_values(resolved[name]) for name in top_level if _is_plain(resolved[name])}
 
 
+def config_beyond(options: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """What the configs of a command say beyond its options: nested values, which an override may have changed.
+
+    Args:
+        options: of :func:`run_options`, which are recorded as they are resolved.
+        leave_out: as there.
+
+    Returns:
+        {:data:`CONFIG`: id -> value as it is written}, or nothing where the configs are not known.
+    """
+    known, apart = configured(), {*NO_OPTIONS, *PLACES, *leave_out}
+    if known is None:
+        return {}
+    parts = {name: name.split("#") for name in known}
+    beyond = {n: v for n, v in known.items() if parts[n][0] not in {*options, *apart} and parts[n][-1] not in apart}
+    return {CONFIG: plain_values(beyond)}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """:func:`differences` of two runs, by the names that a user types; configs only where both runs know theirs."""
+    first, second = dict(before), dict(now)
+    configs = [options.pop(CONFIG, None) for options in (first, second)]
+    return differences(first, second) | (differences(*configs) if None not in configs else {})
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (dict, list, tuple)):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
@@ -274,7 +161,7 @@ def _is_plain(value: Any) -> bool:
 class RunFolder:
     """The folder of one run: claimed when everything is checked and work begins, locked until it ends.
 
-    As a context it gives the provenance: what the folder's record holds.
+    As a context it gives the provenance: what the folder's record holds, but for :data:`CONFIG`.
 
     Args:
         output_dir: a new or empty folder, or one that the same run began.
@@ -307,15 +194,21 @@ class RunFolder:
         Raises:
             ValueError, RuntimeError: as :func:`claim_folder` and :func:`lock_folder`.
         """
-        options = run_options(self.resolved, [*self.leave_out, *self.inputs])
+        leave_out = [*self.leave_out, *self.inputs]
+        options = run_options(self.resolved, leave_out)
         inputs = {name: file_hashes(cases, ["image", "label", "file"]) for name, cases in self.inputs.items()}
-        provenance = {**self.known, **inputs, **options}
+        provenance = {**self.known, **inputs, **options, **config_beyond(options, leave_out)}
         claimed = claim_folder(self.output_dir, name=self.record, provenance=provenance, intermediate=self.intermediate)
         lock_folder(self.output_dir, self.shard)
         remove_leftovers(Path(self.output_dir), below=True)
-        return claimed
+        return {key: value for key, value in claimed.items() if key != CONFIG}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         unlock_folder(self.output_dir, self.shard)
+
+    def run(self, engine: Engine) -> None:
+        """Run an engine that writes there."""
+        with self:
+            engine.run()

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
-from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
-from monai.bundle.scripts import run
 
-__all__ = ["RULES", "check_command_line", "check_options"]
-
-_OTHER_KEYS = ("anatomy",)
-"""Blocks that may get keys they have not: the class that reads them refuses what it does not know."""
+__all__ = ["GIVEN", "RULES", "check_options", "is_number", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,8 @@ class Rule:
     example: str
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a config is a finite number, and no switch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -57,19 +50,30 @@ def _is_place(value: Any) -> bool:
     return _is_name(value) and "::" not in value  # MONAI has turned # into ::
 
 
+def _is_folder(value: Any) -> bool:
+    if not _is_place(value):
+        return False
+    try:
+        return stat.S_ISDIR(os.stat(value).st_mode)
+    except FileNotFoundError:
+        return not os.path.islink(value)  # one that leads nowhere
+    except (OSError, ValueError):  # below a file, not to be entered, a name that is too long or no name
+        return False
+
+
 def _whole(low: int, example: str, high: int | None = None) -> Rule:
     text = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     return Rule(text, lambda v: _is_whole(v) and v >= low and (high is None or v <= high), example)
 
 
 def _least(low: float, example: str) -> Rule:
-    return Rule(f"a number of at least {low:g}", lambda v: _is_number(v) and v >= low, example)
+    return Rule(f"a number of at least {low:g}", lambda v: is_number(v) and v >= low, example)
 
 
 def _share(example: str, *, with_0: bool, with_1: bool) -> Rule:
     ends = [f"{end} itself" for end, allowed in ((0, with_0), (1, with_1)) if not allowed]
     text = "a number from 0 to 1" + (f" but not {' or '.join(ends)}" if ends else "")
-    return Rule(text, lambda v: _is_number(v) and 0 <= v <= 1 and (with_0 or v > 0) and (with_1 or v < 1), example)
+    return Rule(text, lambda v: is_number(v) and 0 <= v <= 1 and (with_0 or v > 0) and (with_1 or v < 1), example)
 
 
 def _one_of(*names: str) -> Rule:
@@ -85,7 +89,10 @@ def _is_device(value: Any) -> bool:
         device = torch.device(value)
     except (RuntimeError, TypeError):
         return False
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    accelerator = torch.accelerator.current_accelerator()
+    return device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
 
 
 def _is_mapping_of_ids(value: Any) -> bool:
@@ -105,17 +112,25 @@ def _some_files(value: Any) -> bool:
 
 
 _PLACE = Rule("the name of a folder or file, without # and ::, which MONAI would change", _is_place, "./name")
+_FOLDER = Rule(
+    "the name of a folder, or of one that can be made, without # and ::, which MONAI would change", _is_folder, "./name"
+)
 _FILES = Rule("a list of file names, without # and ::, which MONAI would change", _files, "\"['./a.json','./b.json']\"")
 _NAME = Rule("a name", _is_name, "training")
-_SWITCH = Rule("true or false", lambda v: isinstance(v, bool), "true")
+_SWITCH = Rule("true or false, which are typed True and False", lambda v: isinstance(v, bool), "True")
 _WINDOW = Rule(
-    "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(_is_number, v)) and v[0] < v[1], '"[-200,800]"'
+    "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(is_number, v)) and v[0] < v[1], '"[-200,800]"'
 )
-_LENGTHS = _three("lengths in mm above 0", lambda v: _is_number(v) and v > 0, '"[1.5,1.5,1.5]"')
+_LENGTHS = _three("lengths in mm above 0", lambda v: is_number(v) and v > 0, '"[1.5,1.5,1.5]"')
 _CHANNELS = Rule(
     "a list of two or more whole numbers of at least 1",
     lambda v: _is_list(v) and len(v) > 1 and all(_is_whole(n) and n > 0 for n in v),
     '"[16,32,64]"',
+)
+_BLOCKS = Rule(
+    "a list of one or more whole numbers of at least 1",
+    lambda v: _is_list(v) and len(v) > 0 and all(_is_whole(n) and n > 0 for n in v),
+    '"[1,2,2,4]"',
 )
 _CALLS = Rule(
     "two or more different whole numbers from 1 to 999",
@@ -124,18 +139,18 @@ _CALLS = Rule(
 )
 _SHARES = Rule(
     "three shares for template, mask only and unconditional, at least 0 and of sum 1",
-    lambda v: _is_list(v, 3) and all(_is_number(p) and p >= 0 for p in v) and abs(sum(v) - 1) < 1e-6,
+    lambda v: _is_list(v, 3) and all(is_number(p) and p >= 0 for p in v) and abs(sum(v) - 1) < 1e-6,
     '"[0.85,0.1,0.05]"',
 )
 _BLOCK = Rule("a block of named values", lambda v: isinstance(v, Mapping), "{}")
 _SHIFTS = Rule(
     "a number of at least 0, or a list with one for each label, background first",
-    lambda v: all(_is_number(s) and s >= 0 for s in (v if _is_list(v) and len(v) > 0 else [v])),
+    lambda v: all(is_number(s) and s >= 0 for s in (v if _is_list(v) and len(v) > 0 else [v])),
     "20",
 )
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("bundle_root", "dataset_dir", "output_dir", "ckpt_dir"), _PLACE),
+    **dict.fromkeys(("bundle_root", "dataset_dir", "output_dir", "ckpt_dir"), _FOLDER),
     **dict.fromkeys(("pretrained", "best_weights", "confidence_table"), _PLACE),
     **dict.fromkeys(("datalists", "reference_datalist", "mask_datalist", "template_datalist"), _FILES),
     **dict.fromkeys(("training_datalists", "held_out_datalists", "synthetic_datalists"), _FILES),
@@ -189,8 +204,17 @@ RULES: dict[str, Rule] = {
     "network_def#channels": _CHANNELS,
     **dict.fromkeys(("network_def#num_res_blocks", "network_def#condition_channels"), _whole(1, "2")),
     "network_def#init_filters": _whole(1, "8"),
+    **dict.fromkeys(("network_def#blocks_down", "network_def#blocks_up"), _BLOCKS),
 }
 """Option -> what it must be, in whichever config it stands; those that a class judges alone are not here."""
+
+GIVEN = {
+    **RULES,
+    "pretrained": Rule(
+        "the name of a file of weights that is there", lambda v: _is_place(v) and os.path.isfile(v), "./model.pt"
+    ),
+}
+"""What a user gives must be more than the default: weights to start from need not be there, named ones must."""
 
 
 def check_options(
@@ -215,90 +239,14 @@ def check_options(
     for key, value in resolved.items():
         name = key.replace("::", "#")
         if name in RULES and not (value is None and name in may_be_null) and not RULES[name].holds(value):
-            _refuse(name, RULES[name], value)
+            refuse(name, RULES[name], value)
     for name, factor in (multiples or {}).items():
         wrong = [size for size in resolved[name] if size % factor]
         if wrong:
             rule = Rule(f"multiples of {factor}, as the network halves them", RULES[name].holds, RULES[name].example)
-            _refuse(name, rule, resolved[name])
+            refuse(name, rule, resolved[name])
 
 
-def _refuse(name: str, rule: Rule, value: Any) -> None:
+def refuse(name: str, rule: Rule, value: Any) -> None:
+    """Say what an option must be, what it is, and an example."""
     raise ValueError(f"{name}: must be {rule.text}, got {value!r}; for example --{name} {rule.example}")
-
-
-def check_command_line(arguments: Sequence[str] | None = None) -> None:
-    """Refuses options of `python -m monai.bundle run` that no config has: MONAI takes a misspelt one for a new id.
-
-    The command line is looked at, not the config: what was added to that cannot be told from what it had. Also judged
-    here, before anything is made of them, are the values, and those with a # in them, for which MONAI would write ::.
-    In another process than that command nothing happens.
-
-    Args:
-        arguments: of the command, its name first; None takes those of the process.
-
-    Raises:
-        ValueError: naming the option and the nearest one that there is; or what a value must be.
-    """
-    if arguments is None:
-        if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
-            return
-        arguments = sys.argv[1:]
-    given = dict(_pairs(arguments))
-    own = {name for name, parameter in signature(run).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    if "config_file" not in given:  # it stands in `args_file`, with more options
-        return
-    config = ConfigParser.load_config_files(_listed(given["config_file"]))
-    for name, value in given.items():
-        if name in own:
-            continue
-        _check_name(name.removeprefix("+"), config)
-        if value.startswith(("$", "@", "%")):
-            continue
-        if "#" in value:
-            raise ValueError(
-                f"{name}: must be without #, which MONAI changes to ::, got {value}; rename the file or folder"
-            )
-        typed = DefaultParseValue(value)  # as `fire` reads it: 2024 is a number, also where a folder is meant
-        if typed is None:
-            raise ValueError(
-                f"{name}: must not be {value} here, which MONAI ignores; write null in a config file of yours"
-            )
-        if name in RULES and value and not RULES[name].holds(typed):
-            _refuse(name, RULES[name], typed)
-
-
-def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """Name and value of `--name value` and `--name=value`; the value of a mere `--name` is empty."""
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            following = arguments[position + 1 : position + 2]
-            yield name, value if equals else "".join(v for v in following if not v.startswith("--"))
-
-
-def _listed(text: str) -> list[str]:
-    """File names of `a.json` and of `['a.json','b.json']`."""
-    if not text.startswith(("[", "(")):
-        return [text]
-    return [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
-
-
-def _check_name(name: str, config: Mapping[str, Any]) -> None:
-    node: Any = config
-    parts = name.replace("::", "#").split("#")
-    for depth, part in enumerate(parts):
-        if depth and (parts[0] in _OTHER_KEYS or not isinstance(node, Mapping) or not node or "_target_" in node):
-            return  # a list, a block that may be anything, or arguments, which their class refuses
-        if "#".join(parts[: depth + 1]) in config:  # an override file writes "train#data" as one key
-            node = config["#".join(parts[: depth + 1])]
-        elif isinstance(node, Mapping) and part in node:
-            node = node[part]
-        else:
-            before = "".join(f"{p}#" for p in parts[:depth])
-            known = {before + str(key): str(key) for key in node if not str(key).startswith("_")}
-            known |= {str(key): str(key) for key in config}
-            near = difflib.get_close_matches(part, known.values(), n=1)
-            named = [option for option, last in known.items() if near and last == near[0]]
-            meant = f"did you mean --{named[0]}?" if named else f"there are {', '.join(known)}"
-            raise ValueError(f"{name}: there is no such option in these configs; {meant}")

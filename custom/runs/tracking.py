@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import mlflow
 import numpy as np
-from custom.runs.files import process_mark, remove_leftovers
+from custom.runs.files import disk_remedy, process_mark, remove_leftovers
 from ignite.engine import Engine
 from mlflow.exceptions import MlflowException
 from monai.handlers import MLFlowHandler
@@ -40,20 +40,42 @@ def _own_store(tracking_uri: str) -> Iterator[None]:
     """Names a store that fails, and keeps `MLFLOW_TRACKING_URI` of the environment from what is done inside."""
     elsewhere = os.environ.pop(_ENVIRONMENT, None)
     try:
-        yield
+        with _no_escaped_folder(tracking_uri):
+            yield
     except _ERRORS as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         if tracking_uri.startswith(_SQLITE):
-            where, remedy = (
-                str(_file_of(tracking_uri)),
-                "make room on a full disk, else move it away: it is a log alone",
-            )
+            where, remedy = str(_file_of(tracking_uri)), _remedy(error, reason)
         else:
             where, remedy = f"tracking_uri {tracking_uri}", "start the server, or leave the option out"
         raise RuntimeError(f"{where}: MLflow cannot log here ({reason}); {remedy}") from error
     finally:
         if elsewhere is not None:
             os.environ[_ENVIRONMENT] = elsewhere
+
+
+def _remedy(error: Exception, reason: str) -> str:
+    """What to do about a store of a folder, by what SQLite says."""
+    if isinstance(error, OSError):
+        return disk_remedy(error, "output_dir")
+    if "readonly" in reason or "unable to open" in reason:
+        return "make the folder writable, or choose another output_dir"
+    if "full" in reason or "I/O" in reason:
+        return "make room there, or choose another output_dir"
+    return "move it away: it is a log alone"
+
+
+@contextmanager
+def _no_escaped_folder(tracking_uri: str) -> Iterator[None]:
+    """Removes the folders that MLflow makes for a store whose URI has escapes: it takes them for the path."""
+    folders = Path(tracking_uri.removeprefix(_SQLITE)).parents if tracking_uri.startswith(_SQLITE) else ()
+    absent = [folder for folder in folders if "%" in str(folder) and not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in absent:
+            with suppress(OSError):  # not there, or not empty and so not MLflow's
+                folder.rmdir()
 
 
 def _file_of(tracking_uri: str) -> Path:
@@ -73,7 +95,8 @@ def open_store(tracking_uri: str) -> mlflow.MlflowClient:
             store.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(store.parent)
             with TemporaryDirectory(dir=store.parent, prefix=process_mark("mlflow")) as folder:
-                mlflow.MlflowClient(tracking_store(folder))
+                with _no_escaped_folder(tracking_store(folder)):
+                    mlflow.MlflowClient(tracking_store(folder))
                 (Path(folder) / store.name).replace(store)
         return mlflow.MlflowClient(tracking_uri)
 

@@ -6,7 +6,6 @@ import errno
 import logging
 import math
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +28,31 @@ def existing_handler(handler: Any) -> Any:
     return handler
 
 
-UNREADABLE = (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)  # by torch, or another network
-
-
 def last_line(error: Exception) -> str:
     """The most telling line of an error of torch."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def save_atomically(content: Any, path: Path) -> None:
+def save_atomically(content: Any, path: Path, *, option: str = "output_dir") -> None:
     """`torch.save` to a hidden neighbour, then move it in place; an error leaves no part of it.
 
+    Args:
+        content: to save.
+        path: of the file.
+        option: that names another place, for the message.
+
     Raises:
-        OSError: naming the file, when the disk is full or the folder cannot be written.
+        OSError: naming the file, when the disk is full or the folder cannot be written, and the remedy.
     """
 
     def write(part: Path) -> None:
         try:
-            torch.save(content, part)
+            with part.open("wb") as file:  # given a name, torch would write it into the file
+                torch.save(content, file)
         except RuntimeError as error:  # what torch calls a full disk
             raise OSError(errno.EIO, "torch could not write all of it, the disk may be full") from error
 
-    replace_file(path, write)
+    replace_file(path, write, option=option)
 
 
 class WeightAverage(EMAHandler):
@@ -114,10 +116,13 @@ class LoadWeights:
                 f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt"
             )
         try:
-            self.model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError("it holds no weights by name")
+            self.model.load_state_dict(state)
         except ValueError as error:  # of a network that knows what these are
             raise ValueError(f"{self.path}: {error}") from error
-        except UNREADABLE as error:
+        except Exception as error:  # what is no file of torch makes it raise errors of any kind
             raise ValueError(
                 f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
                 "use the `network_def` (preset) they were trained with"
@@ -224,7 +229,7 @@ class KeepBest:
         if not score > self.best or idist.get_rank() != 0:
             return
         self.best = score
-        save_atomically(self.model.state_dict(), self.path)
+        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
 
 
@@ -250,5 +255,5 @@ class KeepLast:
         """Write the weights."""
         if idist.get_rank() != 0 or (self.keep_best is not None and self.keep_best.best > -float("inf")):
             return
-        save_atomically(self.model.state_dict(), self.path)
+        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
         logger.info("no validation gave a score: the last weights are kept: %s", self.path)

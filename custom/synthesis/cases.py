@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from custom.runs.files import content_hash, file_hash, read_json
+from custom.evaluation.records import OF_A_RECORD, read_record
+from custom.runs.files import content_hash, file_hash
 from custom.volumes.cases import check_files, check_names, mapped_entry, with_template, with_template_names
 from custom.volumes.names import case_name, case_names
 from custom.volumes.numbering import check_mapping
@@ -76,8 +77,8 @@ def synthesis_cases(
         mode: of rendering; only "template" can be judged against a template.
 
     Returns:
-        `label`, `case`, `template_image`, `template_label` of every image, `mapped_label` and `mapped_template_label`
-        where it is known.
+        `label`, `mask_name` (see :func:`custom.volumes.names.case_names`), `case`, `template_image`, `template_label`
+        of every image, `mapped_label` and `mapped_template_label` where it is known.
 
     Raises:
         FileNotFoundError: naming all missing files.
@@ -111,35 +112,25 @@ def synthesis_cases(
             chosen = [named[i] for i in rng.permutation(len(named))[:images_per_mask]]
         else:
             chosen = named
-        case = {"label": mask["label"], "case": name, **mapped_entry(mask, mask["label"], "masks")}
+        case = {"label": mask["label"], "mask_name": name, "case": name, **mapped_entry(mask, mask["label"], "masks")}
         cases += [with_template(case, template) for template in chosen]
     check_names(cases, "masks and templates")
     return cases
 
 
-_OF_A_RECORD = {"case", "files", "mask_hash", "measures", "paths", "rejected", "score_hu", "template"}
-
-
 def record_of(output_dir: str, case: Mapping[str, Any]) -> dict[str, Any] | None:
     """Record of a case whose mask and files are as they were when it was written; None if it has to be made (again)."""
-    root = Path(output_dir)
-    record = root / "records" / f"{case['case']}.json"
-    if not record.exists():
+    root, name = Path(output_dir), f"records/{case['case']}.json"
+    if not (root / name).exists():
         return None
     try:
-        content = read_json(record, "the case is made again")
-        if absent := sorted(_OF_A_RECORD - content.keys()):
-            raise ValueError(f"{record}: is damaged (it has no {absent}); the case is made again")
+        content = read_record(root, name, OF_A_RECORD)
     except ValueError as error:
-        logger.warning("%s", error)
+        logger.warning("%s is made again: %s", case["case"], error)
         return None
     if file_hash(case["label"]) != content["mask_hash"]:
         logger.warning("%s has changed since; %s is made again", case["label"], case["case"])
         return None
-    for file, digest in content["files"].items():
-        if not (root / file).exists() or file_hash(str(root / file)) != digest:
-            logger.warning("%s is missing or damaged and is made again", root / file)
-            return None
     return content
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from custom.evaluation.comparison import COUNTS, label_table, paired_table, read_evaluations
+from custom.evaluation.records import read_set
 from custom.evaluation.sets import SET_MEASURES
 from custom.runs.files import read_json, replace_file
 from custom.runs.tracking import log_run
@@ -66,7 +67,7 @@ def _read_volumes(
     names: Sequence[str],
     vessel_labels: Sequence[int],
     shown: set[str],
-    label_mapping: Mapping[str, Sequence[int]],
+    provenance: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, str]], dict[str, Values]]:
     """Pictures of the cases that are shown, and HU of the labels, synthetic and real."""
     rng = np.random.default_rng(0)
@@ -80,6 +81,7 @@ def _read_volumes(
             caption = f"{record['case']}, score {record['score_hu']:.1f} HU"
             pictures[record["case"]] = _picture(case_png(image, label, trust, vessel_labels=vessel_labels), caption)
     templates = {(r["template"]["image"], r["template"]["label"]): r["template"] for r in [*kept, *rejected]}
+    label_mapping = provenance.get("label_mapping", {"from": [], "to": []})  # which older sets lack
     for (image_file, _), template in sorted(templates.items()):
         image, label = read_ras(image_file), upright(read_labels(template, label_mapping))
         _add_values(groups["real templates"], image, label, names, _VOXELS // len(templates), rng)
@@ -166,24 +168,6 @@ def _segmenter_section(evaluations: Mapping[str, str], vessel_names: Sequence[st
     }
 
 
-_AGAIN = "run `synthesizing` again, which writes it anew"
-
-
-def _records(root: Path, items: Sequence[Mapping[str, Any]]) -> list[Record]:
-    return [read_json(root / item["record"], _AGAIN) for item in items]
-
-
-def _read_set(listing: Path) -> tuple[list[Record], list[Record], Mapping[str, Any]]:
-    """Records of a finished synthesis, kept ones sorted by score and rejected ones, and its provenance."""
-    if not listing.exists():
-        raise FileNotFoundError(f"{listing}: no synthetic data set; run synthesize.json first")
-    content = read_json(listing, _AGAIN)
-    kept, rejected = (_records(listing.parent, content[section]) for section in ("training", "rejected"))
-    if not kept + rejected:
-        raise ValueError(f"{listing}: the data set is empty; there is nothing to report")
-    return sorted(kept, key=lambda record: record["score_hu"]), rejected, content["provenance"]
-
-
 def write_report(
     output_dir: str,
     *,
@@ -211,11 +195,10 @@ def write_report(
         path of the page.
 
     Raises:
-        FileNotFoundError: when there is no finished synthesis.
-        ValueError: when it has no case.
+        FileNotFoundError, ValueError: of :func:`custom.evaluation.records.read_set`.
     """
     root = Path(output_dir)
-    kept, rejected, provenance = _read_set(root / "datalist.json")
+    kept, rejected, provenance = read_set(output_dir)
     pictures, groups = _read_volumes(
         root,
         kept,
@@ -223,7 +206,7 @@ def write_report(
         names=label_names,
         vessel_labels=vessel_labels,
         shown=_shown(kept, rejected, max_cases),
-        label_mapping=provenance.get("label_mapping", {"from": [], "to": []}),
+        provenance=provenance,
     )
     hu = {group: {name: np.concatenate(parts) for name, parts in values.items()} for group, values in groups.items()}
     scores = [record["score_hu"] for record in [*kept, *rejected]]

@@ -10,6 +10,7 @@ from custom.volumes.cases import (
     validation_cases,
 )
 from custom.volumes.grids import InvertImaged
+from custom.volumes.origins import SaveOrigind, is_rendered
 from custom.volumes.reading import LoadVolumesd, reading_chain
 from custom.volumes.writing import CheckFinited, SaveVolumed
 
@@ -18,8 +19,10 @@ __all__ = [
     "CheckFinited",
     "InvertImaged",
     "LoadVolumesd",
+    "SaveOrigind",
     "SaveVolumed",
     "check_files",
+    "is_rendered",
     "load_cases",
     "reading_chain",
     "rendering_cases",

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from custom.volumes.gate import is_number
+from custom.runs.options import is_number
 
 __all__ = ["Anatomy", "Label"]
+
+_SWITCHES = ("thin", "homogeneous", "wall", "keep")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Label:
                 is_number(value) and (value % 1 == 0 or not whole)
             ):
                 raise ValueError(f"{self.name}: {name} must be a {'whole ' * whole}number, got {value!r}")
-        for name in ("thin", "homogeneous", "wall", "keep"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{self.name}: {name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.touches, (list, tuple)):
@@ -68,7 +70,7 @@ class Label:
             raise ValueError(f"{self.name}: contrast_sd_hu must not be negative, got {self.contrast_sd_hu}")
         if self.class_weight <= 0:
             raise ValueError(f"{self.name}: class_weight must be above 0, got {self.class_weight}")
-        if self.pieces_kept not in (None, 1, 2):
+        if self.pieces_kept not in (None, 1, 2) or isinstance(self.pieces_kept, bool):
             raise ValueError(f"{self.name}: pieces_kept must be 1, 2 or null for all, got {self.pieces_kept}")
         limits = self.plausible_hu
         if limits is not None and not (
@@ -107,13 +109,20 @@ class Anatomy:
         for k, label in self.labels.items():
             unknown = [other for other in label.touches if other not in self.structures or other == k]
             if unknown:
-                raise ValueError(f"anatomy: {label.name} must touch {unknown}, which are no other labels of the table")
+                raise ValueError(
+                    f"anatomy: {label.name} must touch {unknown}, which are no other labels of the table; `touches` "
+                    "lists their ids"
+                )
 
     def _column(self, name: str) -> list[Any]:
         return [getattr(self.labels[k], name) for k in range(self.num_labels)]
 
     def _ids(self, name: str) -> list[int]:
         return [k for k, label in sorted(self.structures.items()) if getattr(label, name)]
+
+    def columns(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Label id, as text -> so many of its columns, with their defaults: what a stage makes use of."""
+        return {str(k): {name: getattr(self.labels[k], name) for name in names} for k in range(self.num_labels)}
 
     @property
     def structures(self) -> dict[int, Label]:
@@ -189,5 +198,16 @@ def _label(key: Any, row: Mapping[str, Any]) -> Label:
     known = [field.name for field in fields(Label)]
     unknown = sorted(set(row) - set(known))
     if unknown or "name" not in row:
-        raise ValueError(f"anatomy: row {key} has unknown columns {unknown} or no name; the columns are {known}")
-    return Label(**row)
+        raise ValueError(
+            f"anatomy: row {key} has unknown columns {unknown} or no name; the columns are {known}, of which name "
+            "must be there"
+        )
+    if not isinstance(row["name"], str) or not row["name"].strip():
+        raise ValueError(f"anatomy: row {key}: name must be a text, got {row['name']!r}")
+    return Label(**{column: _switch(column, value) for column, value in row.items()})
+
+
+def _switch(column: str, value: Any) -> Any:
+    """True and False of the words true and false, which the command line hands on as they are."""
+    word = str(value).lower()
+    return word == "true" if column in _SWITCHES and word in ("true", "false") else value

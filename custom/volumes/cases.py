@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from custom.runs.options import is_number
 from custom.volumes.headers import check_ending
 from custom.volumes.names import case_name, case_names
 from custom.volumes.numbering import is_mapped, mapped_key
-from monai.data import load_decathlon_datalist
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ def check_files(items: Sequence[Mapping[str, Any]], source: str) -> None:
     files = [str(item[key]) for item in items for key in _FILE_KEYS if key in item]
     missing = sorted({file for file in files if not os.path.isfile(file)})
     if missing:
-        raise FileNotFoundError(f"{source}: {len(missing)} listed files do not exist: {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} listed files do not exist: {', '.join(missing)}; correct their names, or put "
+            "them there"
+        )
 
 
 def _refuse(item: Mapping[str, Any], key: str, rule: str, source: str) -> None:
@@ -46,13 +49,16 @@ def _refuse(item: Mapping[str, Any], key: str, rule: str, source: str) -> None:
 def _file(item: Mapping[str, Any], key: str, source: str) -> str:
     if not isinstance(item[key], str):
         _refuse(item, key, "the name of a file", source)
-    check_ending(item[key])
+    try:
+        check_ending(item[key])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     return str(item[key])
 
 
 def read_number(item: Mapping[str, Any], key: str, source: str) -> float:
     """Number of an entry, at least 0, or a refusal that names the list and the case."""
-    if not isinstance(item[key], int | float) or isinstance(item[key], bool) or not item[key] >= 0:
+    if not is_number(item[key]) or item[key] < 0:
         _refuse(item, key, "a number, at least 0", source)
     return float(item[key])
 
@@ -74,6 +80,19 @@ def _names(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     return case_names([case["image"] if len(images[case["label"]]) > 1 else case["label"] for case in cases])
 
 
+def _section(datalist: str, name: str) -> list[Mapping[str, Any]]:
+    """Items of a list; none where there is no such section."""
+    rule = "must be JSON with lists of cases, each a dictionary"
+    try:
+        content = json.loads(Path(datalist).read_text())
+    except ValueError as error:  # of json, and of characters that are no text
+        raise ValueError(f"{datalist}: {rule} ({error})") from error
+    items = content.get(name, []) if isinstance(content, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{datalist}: {rule}; {name!r} is none")
+    return items
+
+
 def load_cases(
     datalists: Sequence[str] | str,
     section: Sequence[str] | str,
@@ -88,7 +107,8 @@ def load_cases(
     Args:
         datalists: JSON files, read one after the other.
         section: list to read, for example "training", or several; a datalist without it adds nothing.
-        keys: entries that every case must have; others are dropped, but for `weight` (sampling weight, 1 when absent).
+        keys: entries that every case must have, `label` among them; others are dropped, but for `weight` (sampling
+            weight, 1 when absent).
         limit: at most so many cases of each list.
         extras: further entries to keep as they are, where a case has them.
         extra_files: further files to keep as absolute paths, where a case has them.
@@ -108,13 +128,7 @@ def load_cases(
         if not os.path.isfile(datalist):
             raise FileNotFoundError(f"{datalist}: datalist not found; set `dataset_dir` or `datalists` in the config")
         base = os.path.dirname(os.path.abspath(datalist))
-        try:
-            items = load_decathlon_datalist(datalist, data_list_key=name, base_dir=base)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(f"{datalist}: must be JSON with lists of cases, each a dictionary ({error})") from error
-        except (ValueError, IndexError):  # MONAI: no such section; an empty "test"
-            items = []
-        for item in items[:limit]:
+        for item in _section(datalist, name)[:limit]:
             absent = [key for key in keys if key not in item]
             if absent:
                 raise ValueError(f"{datalist}: a case of {name!r} has no {absent}; every case needs {list(keys)}")
@@ -169,11 +183,16 @@ def rendering_cases(masks: Sequence[str], templates: Sequence[Mapping[str, str]]
 
     Raises:
         FileNotFoundError: naming all missing files.
-        TypeError: when `masks` is one text instead of a list.
+        TypeError: when `masks` is no list of texts, or a template has no image and label.
         ValueError: when there is no mask, a file is no NIfTI, or a mask or template is listed twice.
     """
-    if isinstance(masks, str):
-        raise TypeError(f"target_masks: must be a list of files, got the text {masks!r}; write ['{masks}']")
+    _check_list(masks, "target_masks")
+    for template in templates:
+        if not isinstance(template, Mapping) or not all(isinstance(template.get(k), str) for k in ("image", "label")):
+            raise TypeError(
+                f"templates: must be a list of {{'image': FILE, 'label': FILE}}, got {template!r} in it; "
+                "name the label map of each image"
+            )
     if not masks:
         raise ValueError("masks: no target label map found; set `target_masks` (a list of files) in the config")
     cases: list[dict[str, Any]] = []
@@ -213,11 +232,10 @@ def segmentation_cases(images: Sequence[str], images_root: str | None = None) ->
 
     Raises:
         FileNotFoundError: naming all missing files.
-        TypeError: when `images` is one text instead of a list.
+        TypeError: when `images` is no list of texts.
         ValueError: when an image is not below `images_root`, or two cases would have one name.
     """
-    if isinstance(images, str):
-        raise TypeError(f"images: must be a list of files, got the text {images!r}; write ['{images}']")
+    _check_list(images, "images")
     files = [_absolute(image) for image in images]  # as MONAI reads them: `~` is the home folder
     if not files:
         return []
@@ -233,6 +251,16 @@ def segmentation_cases(images: Sequence[str], images_root: str | None = None) ->
     check_names(cases, "images")
     check_files(cases, "images")
     return cases
+
+
+def _check_list(files: Sequence[str], option: str) -> None:
+    if isinstance(files, str):
+        raise TypeError(f"{option}: must be a list of files, got the text {files!r}; write ['{files}']")
+    for file in files:
+        if not isinstance(file, str):
+            raise TypeError(
+                f"{option}: must be a list of files, got {file!r} in it; write names of files, as './a.nii'"
+            )
 
 
 def _absolute(path: str) -> Path:

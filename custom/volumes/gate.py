@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite
 from typing import Any, TypeVar
+
+from custom.runs.options import is_number
 
 __all__ = ["Gate"]
 
@@ -32,11 +33,6 @@ class Gate:
         if unknown:
             raise ValueError(f"gate: {unknown} do not exist; the limits are {known}")
         return cls(**{name: None if value is None else _limit(name, value) for name, value in limits.items()})
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a config is a finite number, and no switch."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _limit(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""NIfTI headers that say where a volume lies: refused where programs would read them differently."""
+"""NIfTI headers that say where a volume lies: written for all programs alike, refused where they differ."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["TOLERANCE_VOXELS", "check_ending", "check_header", "corners_apart_mm"]
+__all__ = ["TOLERANCE_VOXELS", "check_ending", "check_header", "corners_apart_mm", "placed_image"]
 
 TOLERANCE_VOXELS = 0.1  # ours: headers in single precision are off by less, a shift that matters by more
 _ENDINGS = (".nii", ".nii.gz")
@@ -40,8 +41,19 @@ def corners_apart_mm(size: ArrayLike, first: ArrayLike, second: ArrayLike) -> fl
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
 
 
+def placed_image(values: NDArray, affine: NDArray) -> nib.Nifti1Image:
+    """A NIfTI image (H, W, D) whose qform and sform both say that it lies at `affine`, in mm; a shear has no qform."""
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    if corners_apart_mm(values.shape, affine, image.get_qform()) > TOLERANCE_VOXELS * min(image.header.get_zooms()):
+        image.set_qform(None, code=0)
+    return image
+
+
 def check_header(image: Any, file: str) -> None:
-    """Refuse a header whose qform, sform and voxel sizes are no place, or not the same one.
+    """Refuse a header whose qform, sform and voxel sizes are no place, or not the same one, or that has neither form.
 
     What has fewer than three axes is left to the check of the volume.
 
@@ -57,6 +69,12 @@ def check_header(image: Any, file: str) -> None:
         return
     pixdim = _voxel_sizes_mm(image, file)
     qform, sform = _qform(image, file), _sform(image, file)
+    if qform is None and sform is None:
+        raise ValueError(
+            f"{file}: the header must say where the volume lies, got qform and sform of code 0, which programs put at "
+            "different places and turn differently; convert the scan anew, or, if you know that its axes point to "
+            f"{', '.join(nib.aff2axcodes(image.affine))}, {_OPEN} image.set_sform(image.affine, 1){_SAVE}"
+        )
     where = "no more than a tenth of a voxel"
     if sform is not None:
         edges = np.linalg.norm(sform[:3, :3], axis=0)

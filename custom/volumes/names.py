@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ __all__ = ["case_name", "case_names"]
 
 
 def case_name(path: str) -> str:
-    """File name without folder and NIfTI ending."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    """File name without folder and NIfTI ending, in small or capital letters."""
+    return re.sub(r"(\.nii)?(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
 
 
 def case_names(files: Sequence[str]) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from custom.runs.files import replace_file
+from custom.volumes.reading import LoadVolumesd
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
+from monai.transforms import Compose, EnsureChannelFirstd, Orientation
 from scipy import ndimage
 
 WINDOW_HU = (-250.0, 650.0)  # ours: fat (-100 HU) and blood with contrast (500 HU) stand apart from black and white
@@ -20,8 +21,15 @@ _COLOURS = matplotlib.colormaps["tab20"]
 
 
 def read_ras(path: str | os.PathLike) -> np.ndarray:
-    """Volume of a file, (H, W, D) float32, turned to RAS as pictures need it."""
-    return upright(Compose([LoadImage(), EnsureChannelFirst()])(str(path)))
+    """Volume of a file, (H, W, D) float32, turned to RAS as pictures need it.
+
+    Raises:
+        FileNotFoundError, ValueError: naming a file that is not one volume.
+    """
+    volume = Compose([LoadVolumesd("volume"), EnsureChannelFirstd("volume")])({"volume": str(path)})["volume"]
+    if volume.ndim != 4 or len(volume) != 1:
+        raise ValueError(f"{path}: must be one 3D volume of one channel, got channels and size {tuple(volume.shape)}")
+    return upright(volume)
 
 
 def upright(volume: MetaTensor) -> np.ndarray:

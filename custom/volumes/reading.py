@@ -37,14 +37,16 @@ def check_grid(first: Any, second: Any) -> None:
     Raises:
         ValueError: naming both files and what differs.
     """
-    sizes, apart, voxel = (tuple(first.shape[1:]), tuple(second.shape[1:])), 0.0, 1.0
-    if sizes[0] == sizes[1] and isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
+    sizes, differ = (tuple(first.shape[1:]), tuple(second.shape[1:])), ""
+    if sizes[0] != sizes[1]:
+        differ = f"sizes {sizes[0]} and {sizes[1]}"
+    elif isinstance(first, MetaTensor) and isinstance(second, MetaTensor):
         apart = corners_apart_mm(sizes[0], first.affine, second.affine)
-        voxel = float(first.pixdim.min())
-    if sizes[0] != sizes[1] or not apart <= TOLERANCE_VOXELS * voxel:
+        if not apart <= TOLERANCE_VOXELS * float(first.pixdim.min()):
+            differ = f"affines that put a corner {apart:.3g} mm apart"
+    if differ:
         raise ValueError(
-            f"{file_of(first)} and {file_of(second)}: they must share one grid, got sizes {sizes[0]} and "
-            f"{sizes[1]} and affines that put a corner {apart:.3g} mm apart; resample the second"
+            f"{file_of(first)} and {file_of(second)}: they must share one grid, got {differ}; resample the second"
         )
 
 
@@ -66,7 +68,7 @@ def _naming(file: str) -> Iterator[None]:
     """Errors of whatever reads a file, with its name: nibabel, gzip, zlib and numpy give none."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, MemoryError):  # these say what is the matter
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -185,7 +187,9 @@ class CheckVolumesd(MapTransform):
     def _check_image(self, image: Any) -> None:
         low, high = float(image.min()), float(image.max())
         if low == high:
-            raise ValueError(f"{file_of(image)}: every voxel is {low:g}; a constant image cannot be used")
+            raise ValueError(
+                f"{file_of(image)}: every voxel is {low:g}; a constant image cannot be used, export the scan anew"
+            )
         if low > self.air_below_hu or low < self._HU_LIMITS[0] or high > self._HU_LIMITS[1]:
             raise ValueError(
                 f"{file_of(image)}: values {low:g} to {high:g} are not Hounsfield units: the minimum must lie between "

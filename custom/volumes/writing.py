@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from custom.runs.files import replace_file
-from custom.volumes.headers import TOLERANCE_VOXELS, corners_apart_mm
+from custom.volumes.headers import placed_image
 from custom.volumes.reading import file_of
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -73,12 +73,7 @@ def write_volume(path: Path, volume: MetaTensor, *, dtype: str, digits: int = 0)
     """
     check_finite(volume, str(path))
     values = torch.round(volume[0].float(), decimals=digits).cpu().numpy()  # as floats: bytes cannot be rounded
-    affine = np.asarray(volume.affine.cpu(), dtype=float)
-    image = nib.Nifti1Image(values.astype(dtype), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    if corners_apart_mm(values.shape, affine, image.get_qform()) > TOLERANCE_VOXELS * min(image.header.get_zooms()):
-        image.set_qform(None, code=0)  # a sheared grid has none
+    image = placed_image(values.astype(dtype), np.asarray(volume.affine.cpu(), dtype=float))
     replace_file(path, lambda part: nib.save(image, part))
 
 

@@ -1,10 +1,12 @@
 """What configs of both bundles share is the same, and they read like a description."""
 
 import json
+import re
 
 import package
 import pytest
 from helpers import BUNDLE, SEG_BUNDLE
+from monai.bundle import ConfigParser
 
 COMPLETE = [BUNDLE / "configs" / name for name in ("train.json", "inference.json", "generate_masks.json")]
 COMPLETE += [SEG_BUNDLE / "configs" / name for name in ("train.json", "inference.json")]
@@ -21,6 +23,41 @@ def test_the_label_map_is_one_table_in_every_complete_config(block):
     if block != "spacing_mm":  # masks keep that of their reference
         values.append(json.loads(COMPLETE[2].read_text())[block])
     assert all(value == values[0] for value in values)
+
+
+COLUMNS = {
+    "names": {"name"},
+    "foreground": set(),
+    "num_labels": set(),
+    "class_weights": {"class_weight"},
+    "aligning": {"thin", "aligns"},
+    "origins": {"thin", "touches"},
+    "structures": {"name", "thin", "components", "handles", "touches", "wall", "keep"},
+}
+"""Property of `Anatomy` -> columns it is made of, where that is not the column of its name. Of the structures the masks
+use these."""
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [BUNDLE, "train.json"],
+        [BUNDLE, "generate_masks.json"],
+        [BUNDLE, "inference.json"],
+        [BUNDLE, "inference.json", "synthesize.json"],
+        [SEG_BUNDLE, "train.json"],
+        [SEG_BUNDLE, "train.json", "pretrain.json"],
+    ],
+    ids=lambda chain: "-".join(chain[1:]),
+)
+def test_what_a_run_records_of_the_anatomy_is_what_its_configs_ask_it_for(chain):
+    bundle, *names = chain
+    config = ConfigParser.load_config_files([bundle / "configs" / name for name in names])
+    text = json.dumps({key: value for key, value in config.items() if key != "report"})
+    (recorded,) = re.findall(r"@labels\.columns\(([^)]*)\)", text)
+    asked = set(re.findall(r"@labels\.(?!columns)(\w+)", text))
+    needed = set().union(*(COLUMNS.get(name, {name}) for name in asked))
+    assert needed <= set(re.findall(r"\w+", recorded)) <= needed | {"name"}
 
 
 def test_files_that_stand_in_both_bundles_are_the_same():

@@ -13,8 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from custom.masks.cases import generation_cases
+from custom.runs.locks import lock_folder
 from custom.volumes.anatomy import Anatomy
-from helpers import BUNDLE, CONFIGS, assert_kept, fails_with, other_process_at_work
+from helpers import BUNDLE, CONFIGS, assert_kept, fails_with, other_process
 from monai.bundle import ConfigWorkflow
 
 LPS = np.diag([-2.5, -2.5, 2.5, 1.0])
@@ -216,7 +217,7 @@ def test_a_deleted_mask_is_made_again_and_a_smaller_count_forgets_none(made, coh
     shutil.copytree(made, tmp_path / "out")
     before = values(masks(made)["mask_0001.nii.gz"])
     (tmp_path / "out/masks/mask_0001.nii.gz").unlink()
-    with other_process_at_work(tmp_path / "out"), fails_with("is at work on part 0 of this run"):
+    with other_process(lambda: lock_folder(str(tmp_path / "out"))), fails_with("is at work on part 0 of this run"):
         generate(cohort / "datalist.json", tmp_path / "out", count=2, with_image=True)
     assert not (tmp_path / "out/masks/mask_0001.nii.gz").exists()
     generate(cohort / "datalist.json", tmp_path / "out", count=2, with_image=True, summary=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from custom.diffusion.context import Context
 from custom.volumes.anatomy import Anatomy
-from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_target
+from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, fails_with, template_of, write_oriented
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from scipy import ndimage
@@ -134,7 +135,7 @@ def test_evaluation_writes_metrics_of_the_test_cases(workflow, cohort, tmp_path,
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_rendering_lies_on_the_grid_of_its_mask(workflow, cohort, tmp_path, weights, orientation):
-    label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
+    label, affine = write_oriented(cohort / "labels/subject_003.nii.gz", tmp_path / "target.nii.gz", orientation)
     render(workflow, [tmp_path / "target.nii.gz"], template_of(cohort), tmp_path / "out", weights)
     rendered = nib.load(tmp_path / "out/target_from_subject_000.nii.gz")
     assert rendered.shape == label.shape
@@ -182,7 +183,23 @@ def test_full_disk_leaves_no_partial_file(workflow, cohort, tmp_path, weights, m
     monkeypatch.setattr(nib, "save", no_space)
     with pytest.raises(RuntimeError):
         render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path / "out", weights)
-    assert [p for p in (tmp_path / "out").iterdir() if p.is_file()] == []
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file()) == [".shard_0.lock", "rendering.json"]
+
+
+def test_masks_of_one_name_do_not_pass_for_each_other_and_neither_do_other_options(workflow, cohort, tmp_path, weights):
+    masks = [tmp_path / f"p{k}/ct.nii.gz" for k in (1, 2, 3)]
+    for mask, subject in zip(masks, (2, 3, 2), strict=True):
+        mask.parent.mkdir()
+        shutil.copy(cohort / f"labels/subject_{subject:03d}.nii.gz", mask)
+    options = {"mode": "mask_only", "spacing_mm": [5.0, 5.0, 5.0]}
+    render(workflow, masks[:1], template_of(cohort), tmp_path / "out", weights, **options)
+    before = (tmp_path / "out/ct.nii.gz").read_bytes()
+    with fails_with(f"out/ct.nii.gz: was rendered from {masks[0]}, which "):
+        render(workflow, masks[1:2], template_of(cohort), tmp_path / "out", weights, **options)
+    with fails_with("rendering.json belongs to another run (seed: 0 there, 1 now)"):
+        render(workflow, masks[:1], template_of(cohort), tmp_path / "out", weights, seed=1, **options)
+    render(workflow, masks[2:], template_of(cohort), tmp_path / "out", weights, **options)  # the same mask, moved
+    assert (tmp_path / "out/ct.nii.gz").read_bytes() == before
 
 
 @pytest.mark.parametrize("mode", ["mask_only", "unconditional"])
@@ -286,7 +303,7 @@ def test_a_training_of_moments_alone_says_so(workflow, cohort, tmp_path, capsys)
 
 
 def test_missing_weights_are_named(workflow, cohort, tmp_path):
-    with fails_with("no weights; train first"):
+    with fails_with("model.pt: there is no such file; of weights: train first, or point `ckpt_dir`"):
         render(workflow, [cohort / "labels/subject_003.nii.gz"], template_of(cohort), tmp_path, tmp_path / "nowhere")
 
 

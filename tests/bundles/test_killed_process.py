@@ -1,125 +1,105 @@
-"""Processes killed without warning, at random moments: what they leave is whole, and going on gives the same result."""
+"""Stages killed without warning, and on disks that fail: the same command again ends as if nothing had happened."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import random
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
+import signal
 
-import nibabel as nib
-import numpy as np
 import pytest
-import torch
-from helpers import BUNDLE, CONFIGS, ROOT, TINY, TINY_TRAINING, network_of_prior
+from stages import STAGES, Runs, results, saved_files
 
-KILLS = 5
-START_SECONDS = 4.0
+logger = logging.getLogger(__name__)
+SEED = int(os.environ.get("STRUCTDIFF_FAILURES_SEED", 0))
+"""Of the moments of all failures: another one draws others."""
+stages = pytest.mark.parametrize("stage", STAGES)
 
 
-def start(config: str, run_id: str, overrides: dict) -> subprocess.Popen:
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(CONFIGS / config)]
-    command += ["--bundle_root", str(BUNDLE), *(f"--{key}={value}" for key, value in overrides.items())]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+@pytest.fixture(scope="module")
+def runs(cohort, tmp_path_factory):
+    started = Runs(cohort, tmp_path_factory.mktemp("whole"))
+    yield started
+    started.close()
+
+
+def goes_on(runs, stage, out):
+    """The command again, undisturbed: results are byte for byte those of a run that never failed."""
+    again = runs.run(stage, out)
+    assert again.code == 0, again.said[-4000:]
+    expected, found = results(runs.whole / stage), results(out)
+    assert list(found) == list(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    left = [path for path in out.rglob(".*") if path.name.startswith((".part_", ".mlflow_"))]
+    assert left == []
+
+
+@pytest.mark.slow
+@stages
+@pytest.mark.parametrize("measure", ["saves", "time"])
+def test_a_stage_killed_at_a_random_moment_goes_on_to_the_same_results(runs, stage, tmp_path, measure):
+    """Once just after it saved a file, of which the first says what the run is; once at any time."""
+    whole, moments = runs.undisturbed(stage), random.Random(f"{SEED} {stage} {measure}")
+    if measure == "saves":
+        moment = {"kill_after_saves": moments.randint(min(2, whole.saves), max(1, whole.saves - 1))}
+    else:
+        moment = {"kill_after_s": moments.uniform(0.05, 0.8) * whole.cpu_s}
+    killed = runs.run(stage, tmp_path / "out", **moment)
+    there = [str(path.relative_to(tmp_path / "out")) for path in saved_files(tmp_path / "out")]
+    logger.info(
+        "%s: exit %d at %s of %d, %.1f s; there: %s", stage, killed.code, moment, whole.saves, whole.cpu_s, there
     )
+    assert killed.code == -signal.SIGKILL, killed.said[-4000:]
+    goes_on(runs, stage, tmp_path / "out")
 
 
-def finish(config: str, run_id: str, overrides: dict) -> float:
-    begun = time.monotonic()
-    assert start(config, run_id, overrides).wait() == 0
-    return time.monotonic() - begun
+def refused(result, out, remedy):
+    """The last line that a user reads names the file or folder and the remedy; nothing is left half-written."""
+    assert result.code > 0, result.said[-4000:]
+    line = result.said.strip().splitlines()[-1]
+    logger.info("%s", line)
+    assert str(out) in line, line
+    assert re.search(remedy, line), line
+    assert [path for path in out.rglob(".part_*")] == []
 
 
-def kill_often(config: str, run_id: str, overrides: dict, seconds: float, check) -> int:
-    """Start, kill after a random share of the time a whole run takes, check; say how often it was still running."""
-    moments, killed = random.Random(0), 0
-    for _ in range(KILLS):
-        process = start(config, run_id, overrides)
-        try:
-            process.wait(moments.uniform(min(START_SECONDS, seconds / 2), seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
-        check()
-    return killed
-
-
-def the_same_volumes(config: str, run_id: str, overrides: dict, folder: Path) -> list[str]:
-    """Names of the volumes that a run killed again and again ends with: those, and the values, of a whole run."""
-    whole, broken = folder / "whole", folder / "broken"
-    seconds = finish(config, run_id, {**overrides, "output_dir": str(whole)})
-
-    def written(directory: Path) -> dict[str, np.ndarray]:
-        paths = sorted(path for path in directory.rglob("*.nii.gz") if not path.name.startswith("."))
-        # a partial file raises here
-        return {str(path.relative_to(directory)): np.asarray(nib.load(path).dataobj) for path in paths}
-
-    overrides = {**overrides, "output_dir": str(broken)}
-    assert kill_often(config, run_id, overrides, seconds, lambda: written(broken)) > 0, "every run ended unharmed"
-    finish(config, run_id, overrides)
-    expected, resumed = written(whole), written(broken)
-    assert list(resumed) == list(expected)
-    for name, volume in expected.items():
-        np.testing.assert_array_equal(resumed[name], volume, err_msg=name)
-    return list(expected)
+FULL, READ_ONLY = "make room", "make the folder writable, or choose another (output_dir|ckpt_dir|confidence_table)"
 
 
 @pytest.mark.slow
-def test_sampling_killed_at_random_moments_leaves_whole_files_and_the_same_volumes(cohort, tmp_path):
-    torch.save(network_of_prior().state_dict(), tmp_path / "model.pt")
-    template = {key: str(cohort / f"{key}s/subject_000.nii.gz") for key in ("image", "label")}
-    overrides = {
-        **TINY,
-        "target_masks": [str(path) for path in sorted((cohort / "labels").glob("*.nii.gz"))],
-        "templates": [template],
-        "ckpt_dir": str(tmp_path),
-        "sampling_steps": 4,
-    }
-    volumes = the_same_volumes("inference.json", "run", overrides, tmp_path)
-    assert len(volumes) == len(overrides["target_masks"])
+@stages
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(errno.ENOSPC, FULL), (errno.EROFS, READ_ONLY)], ids=["full", "read-only"]
+)
+def test_a_disk_that_fails_is_named_and_the_stage_goes_on_when_it_is_mended(runs, stage, tmp_path, code, remedy):
+    whole, out = runs.undisturbed(stage), tmp_path / "out"
+    number = random.Random(f"{SEED} {stage} {code}").randint(1, whole.writes)
+    refused(runs.run(stage, out, failing_write=number, code=code), out, remedy)
+    goes_on(runs, stage, out)
 
 
 @pytest.mark.slow
-def test_mask_generation_killed_at_random_moments_leaves_whole_files_and_the_same_volumes(cohort, tmp_path):
-    overrides = {"reference_datalist": str(cohort / "datalist.json"), "count": 6, "with_image": "true"}
-    volumes = the_same_volumes("generate_masks.json", "generating", overrides, tmp_path)
-    assert len(volumes) == 6 + 6 + 2  # masks, images, prepared references
+@stages
+def test_files_that_may_not_grow_are_named(runs, stage, tmp_path):
+    """A limit of the operating system: it also holds for what MLflow's database writes."""
+    runs.undisturbed(stage)
+    files = [path for path in (runs.whole / stage).rglob("[!.]*") if path.is_file()]
+    limit = random.Random(f"{SEED} {stage}").choice(sorted({path.stat().st_size for path in files})) - 1
+    refused(runs.run(stage, tmp_path / "out", most_bytes=limit), tmp_path / "out", "make room|raise the limit")
+    goes_on(runs, stage, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_training_killed_at_random_moments_ends_with_the_same_weights(cohort, tmp_path):
-    def overrides(name: str) -> dict:
-        directory = tmp_path / name
-        return {
-            **TINY_TRAINING,
-            "max_epochs": 6,
-            "dataset_dir": str(cohort),
-            "output_dir": str(directory),
-            "ckpt_dir": str(directory / "models"),
-        }
-
-    def weights(name: str) -> dict[str, torch.Tensor]:
-        state = torch.load(tmp_path / name / "resume.pt", weights_only=False)
-        return {f"{part}.{key}": value for part in ("network", "ema") for key, value in state[part].items()}
-
-    def check() -> None:
-        if (tmp_path / "broken/resume.pt").exists():
-            weights("broken")  # a partial checkpoint raises here
-
-    seconds = finish("train.json", "training", overrides("whole"))
-    assert kill_often("train.json", "training", overrides("broken"), seconds, check) > 0
-    finish("train.json", "training", overrides("broken"))
-    expected, resumed = weights("whole"), weights("broken")
-    assert list(resumed) == list(expected)
-    for key, value in expected.items():
-        assert torch.equal(resumed[key], value), key
-    best = [torch.load(tmp_path / name / "models/model.pt", weights_only=True) for name in ("whole", "broken")]
-    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())
+@stages
+def test_a_folder_that_is_a_file_or_cannot_be_written_is_named(runs, stage, tmp_path):
+    runs.undisturbed(stage)
+    out = tmp_path / "out"
+    out.write_text("mine")
+    refused(runs.run(stage, out), out, "must be the name of a folder, or of one that can be made")
+    assert out.read_text() == "mine"
+    out.unlink()
+    out.mkdir(mode=0o555)
+    refused(runs.run(stage, out, bound_by_modes=True), out, READ_ONLY)
+    assert list(out.iterdir()) == []

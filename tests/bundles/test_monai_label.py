@@ -12,12 +12,11 @@ from typing import Any
 
 import mlflow
 import monai.bundle
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from custom.volumes.anatomy import Anatomy
-from helpers import BAD_IMAGES, ROOT, write_bad_image
+from helpers import BAD_IMAGES, ROOT, write_bad_image, write_oriented
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, partition_dataset
 from monai.transforms import Invertd, LoadImaged
@@ -33,6 +32,7 @@ TINY = {
     "samples_per_epoch": 2,
 }
 VESSEL_HU = 200
+IMAGE = "images/subject_003.nii.gz"
 
 
 def write_config(bundle: Path, name: str, changes: dict[str, Any]) -> None:
@@ -197,24 +197,6 @@ def test_few_epochs_with_validation_still_leave_weights(bundle, cohort):
     assert len((bundle / "eval/metrics.csv").read_text().splitlines()) == 2
 
 
-def write_image(cohort: Path, path: Path, orientation: str) -> tuple[np.ndarray, np.ndarray]:
-    """A phantom's image in another orientation, an oblique frame, or on an anisotropic grid."""
-    source = nib.load(cohort / "images/subject_003.nii.gz")
-    data, affine = np.asarray(source.dataobj), source.affine.copy()
-    if orientation == "LPS":
-        flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-        flip[:2, 3] = data.shape[0] - 1, data.shape[1] - 1
-        data, affine = data[::-1, ::-1], affine @ flip
-    elif orientation == "oblique":
-        turn, angle = np.eye(4), np.deg2rad(12)
-        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-        affine = turn @ affine
-    elif orientation == "anisotropic":
-        data, affine = data[:, :, ::2], affine @ np.diag([1.0, 1.0, 2.0, 1.0])
-    nib.save(nib.Nifti1Image(np.ascontiguousarray(data), affine), path)
-    return np.ascontiguousarray(data), affine
-
-
 class Threshold(torch.nn.Module):
     """Says "pulmonary veins" (id 10, of which every piece is kept) wherever the scaled image is above a threshold."""
 
@@ -247,7 +229,7 @@ def infer_as_monai_label(bundle: Path, image: Path, network: torch.nn.Module) ->
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_label_lies_on_the_grid_of_the_image(bundle, cohort, tmp_path, orientation):
     path = tmp_path / "image.nii.gz"
-    image, affine = write_image(cohort, path, orientation)
+    image, affine = write_oriented(cohort / IMAGE, path, orientation)
     item = infer_as_monai_label(bundle, path, Threshold())
     pred = item["pred"]
     assert isinstance(pred, MetaTensor)
@@ -281,7 +263,7 @@ class Diverged(torch.nn.Module):
 
 def test_prediction_that_is_not_finite_is_refused_in_the_server_too(bundle, cohort, tmp_path):
     path = tmp_path / "image.nii.gz"
-    write_image(cohort, path, "RAS")
+    shutil.copy(cohort / IMAGE, path)
     with pytest.raises(ValueError, match=re.escape(f"{path}: the result is NaN or infinite in ")):
         infer_as_monai_label(bundle, path, Diverged())
 

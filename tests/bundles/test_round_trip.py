@@ -187,4 +187,4 @@ def test_a_bundle_without_weights_says_so(bundle_dir, python, tmp_path):
     arguments = ["run", "--config_file", "configs/inference.json", "--bundle_root", ".", "--mode", "mask_only"]
     said = python("-m", "monai.bundle", *arguments, f"--target_masks={mask}", cwd=copy, fails=True)
     assert "models/model.pt" in said
-    assert "no weights; train first" in said
+    assert "there is no such file; of weights: train first" in said

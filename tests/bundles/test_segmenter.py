@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from custom.volumes.anatomy import Anatomy
-from helpers import SEG_BUNDLE, fails_with, write_target
+from helpers import SEG_BUNDLE, fails_with, write_oriented
 from ignite.engine import Events
 from monai.utils import set_determinism
 from scipy import ndimage
@@ -243,7 +243,7 @@ def segment_by_threshold(seg_workflow, folder, label=1):
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "oblique", "anisotropic"])
 def test_segmentation_lies_on_the_grid_of_its_image(seg_workflow, cohort, tmp_path, orientation):
-    label, affine = write_target(cohort, tmp_path / "target.nii.gz", orientation)
+    label, affine = write_oriented(cohort / "labels/subject_003.nii.gz", tmp_path / "target.nii.gz", orientation)
     blood = ndimage.gaussian_filter(np.isin(label, (2, 3, 4, 5)).astype(np.float32), 1.5)
     image = -500 + 1600 * blood
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
@@ -321,6 +321,7 @@ def test_evaluation_measures_every_label_on_the_grid_of_the_file(seg_workflow, c
     missed = [row["label"] for row in rows if row["missed"] == "1"]  # the threshold finds one label only
     assert metrics["missed"] == len(missed) == 9
     assert metrics["missed coronary arteries"] == 1
+    assert metrics["attached"] == metrics["attached coronary arteries"] == 0
     assert metrics["hd95_mm coronary arteries"] == pytest.approx(2.5 * 58 * 3**0.5)
     assert (tmp_path / "out/pictures/subject_003.png").stat().st_size > 5_000
 

@@ -143,7 +143,8 @@ def test_full_disk_is_named_and_leaves_no_part_of_a_segmentation(segment, tmp_pa
     segment([image])
     before = result.read_bytes()
     part_of(result).symlink_to("/dev/full")
-    with fails_with(f"No space left on device; nothing was written, make room or change the folder: '{result}'"):
+    remedy = "make room there, or choose another output_dir"
+    with fails_with(f"No space left on device; nothing was written, {remedy}: '{result}'"):
         segment([image])
     assert results(tmp_path / "out") == ["ct_seg.nii.gz"]
     assert result.read_bytes() == before

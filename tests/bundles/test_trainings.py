@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
-import sys
+import shutil
 import time
 
 import pytest
 import torch
-from helpers import BUNDLE, ROOT, SEG_BUNDLE, TINY_TRAINING, fails_with, workflow_of
+from custom.runs import TrainingPlace
+from helpers import BUNDLE, SEG_BUNDLE, TINY_TRAINING, fails_with, other_process, workflow_of
 from ignite.engine import Events
 
 TINY = {
@@ -51,7 +50,7 @@ def one_case(cohort, tmp_path):
 @bundles
 @pytest.mark.parametrize("switch", [{"val_interval": 0}, {"validate#dataset#data": []}], ids=["option", "list"])
 def test_one_case_trains_without_validation_and_leaves_its_last_weights(bundle, one_case, tmp_path, capsys, switch):
-    run = training(bundle, one_case, tmp_path, **switch)
+    run = training(bundle, one_case, tmp_path, max_epochs=1, samples_per_epoch=2, **switch)
     run.run()
     parser = run.parser
     network = (
@@ -105,7 +104,6 @@ CHANGES = {
     "roi_size": ([8, 8, 16], "roi_size ["),
     "amp": (True, "amp False, now True"),
     "label_mapping": ({"from": [11], "to": [0]}, "label_mapping#from [11, 12, 13, 14], now [11]"),
-    "anatomy#9#class_weight": (2, "anatomy#9#class_weight 6, now 2"),
     "val_interval": (2, "val_interval 1, now 2"),
 }
 OWN_CHANGES = {
@@ -118,9 +116,14 @@ OWN_CHANGES = {
         "moments_epochs": (0, "moments_epochs 1, now 0"),
         "sample_strength": (0.0, "sample_strength 1.0, now 0.0"),
         "grain": (0.0, "grain 1.0, now 0.0"),
+        "anatomy#9#nominal_hu": (300, "anatomy#9#nominal_hu 330, now 300"),
     },
-    SEG_BUNDLE: {"intensity_hu": ([-100, 800], "intensity_hu [-200, 800], now [-100, 800]")},
+    SEG_BUNDLE: {
+        "intensity_hu": ([-100, 800], "intensity_hu [-200, 800], now [-100, 800]"),
+        "anatomy#9#class_weight": (2, "anatomy#9#class_weight 6, now 2"),
+    },
 }
+UNUSED = {BUNDLE: {"anatomy#9#class_weight": 2}, SEG_BUNDLE: {"anatomy#9#nominal_hu": 300}}
 
 
 @pytest.mark.parametrize(
@@ -138,30 +141,22 @@ def test_a_training_is_not_continued_with_another_option(interrupted, cohort, bu
 
 
 @bundles
-def test_a_training_may_go_on_with_another_log(interrupted, cohort, bundle, capsys):
-    training(bundle, cohort, interrupted[bundle], tracking_uri="sqlite:////nowhere/mlflow.db").run()
+def test_a_training_is_not_continued_with_other_data_of_the_same_names(interrupted, cohort, tmp_path, bundle):
+    shutil.copytree(cohort, tmp_path / "data")
+    shutil.copy(cohort / "labels/subject_001.nii.gz", tmp_path / "data/labels/subject_000.nii.gz")
+    with fails_with("resume.pt: is of an interrupted run with data#training#0 subject_000#label "):
+        training(bundle, tmp_path / "data", interrupted[bundle]).run()
+
+
+@bundles
+def test_a_training_may_go_on_with_moved_data_another_log_and_what_it_does_not_use(
+    interrupted, cohort, tmp_path, bundle, capsys
+):
+    shutil.copytree(cohort, tmp_path / "moved")
+    options = {"tracking_uri": "sqlite:////nowhere/mlflow.db", **UNUSED[bundle]}
+    training(bundle, tmp_path / "moved", interrupted[bundle], **options).run()
     assert "resumed from" in capsys.readouterr().out
     assert (interrupted[bundle] / "models/model.pt").exists()
-
-
-TAKE = """
-import sys, time
-from custom.runs.folders import TrainingPlace
-TrainingPlace(output_dir=sys.argv[1], weights=sys.argv[2]).take()
-print("taken", flush=True)
-time.sleep(120)
-"""
-
-
-@contextlib.contextmanager
-def another_training(output_dir, weights):
-    command = [sys.executable, "-c", TAKE, str(output_dir), str(weights)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        try:
-            assert process.stdout.readline() == "taken\n"
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.mark.slow
@@ -177,9 +172,10 @@ def another_training(output_dir, weights):
 def test_a_second_training_into_one_place_is_refused_before_it_reads_anything(
     bundle, cohort, tmp_path, theirs, refusal
 ):
-    with another_training(*(tmp_path / name for name in theirs)) as other:
+    output_dir, weights = (str(tmp_path / name) for name in theirs)
+    with other_process(TrainingPlace(output_dir=output_dir, weights=weights).take) as other:
         run = training(bundle, cohort, tmp_path)
-        with fails_with(refusal.format(tmp_path, other.pid)):
+        with fails_with(refusal.format(tmp_path, other)):
             run.run()
         visible = [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")]
         assert visible == []

@@ -88,6 +88,22 @@ def test_a_pin_that_is_not_installed_is_found(bundle, key):
         verify_bundles.check_pins(bundle)
 
 
+@pytest.mark.parametrize("said", ["scipy==1.0", ""])
+def test_a_card_that_installs_something_else_is_found(bundle, said):
+    card = bundle.root / "docs/README.md"
+    card.write_text(card.read_text().replace("scipy==1.15.3", said))
+    with pytest.raises(ValueError, match=r"docs/README.md does not say to install \['scipy==1.15.3'\]"):
+        verify_bundles.check_pins(bundle)
+
+
+def test_a_package_of_one_command_that_is_not_installed_in_that_version_is_found(packed, tmp_path):
+    bundle = Bundle(shutil.copytree(packed["structdiff_seg_cal"].root, tmp_path / "seg"), tmp_path, SCHEMA)
+    card = bundle.root / "docs/README.md"
+    card.write_text(card.read_text().replace("onnxscript==0.7.2", "onnxscript==0.7.1"))
+    with pytest.raises(ValueError, match=r"onnxscript 0.7.1, installed"):
+        verify_bundles.check_pins(bundle)
+
+
 @pytest.mark.parametrize("section", verify_bundles.CARD_SECTIONS)
 def test_a_section_missing_from_the_card_is_found(bundle, section):
     card = bundle.root / "docs/README.md"

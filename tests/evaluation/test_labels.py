@@ -78,13 +78,23 @@ def test_empty_masks_are_defined_and_left_out_of_the_mean_where_nothing_can_be_s
     free = whole.where(whole != 6, torch.zeros(()))
     for measure, touches, cases in (
         ("centreline_recovered", [], [(empty, whole, 0.0), (whole, empty, math.nan), (empty, empty, math.nan)]),
-        ("attached", [6], [(empty, whole, math.nan), (whole, empty, 1.0), (free, whole, 0.0)]),
+        ("attached", [6], [(empty, whole, 0.0), (empty, empty, math.nan), (whole, empty, 1.0), (free, whole, 0.0)]),
         ("cl_dice", [], [(empty, whole, 0.0), (whole, empty, 0.0), (empty, empty, 1.0)]),
     ):
         metric = TopologyMetric([measure], thin_labels=[9], touches=touches)
         for predicted, truth, expected in cases:
             assert value(metric, predicted, truth) == pytest.approx(expected, nan_ok=True), measure
         assert metric.aggregate()[measure] == pytest.approx(np.nanmean([expected for *_, expected in cases]))
+
+
+def test_a_missed_vessel_never_betters_the_mean_of_what_is_attached():
+    truth = label_maps(range(2, 18), range(2, 18))
+    means = []
+    for second in (range(14, 18), []):  # a piece that hangs at nothing, and nothing
+        metric = TopologyMetric(["attached"], thin_labels=[9], touches=[6])
+        metric(label_maps(range(2, 18), second), truth)
+        means.append(metric.aggregate()["attached"])
+    assert means == [0.5, 0.5]
 
 
 def test_columns_are_those_of_metrics_of_one_measure_each():

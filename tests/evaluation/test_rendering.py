@@ -194,6 +194,8 @@ def test_half_a_vessel_is_recovered_in_pieces_and_what_is_cut_off_hangs_free():
     metric = RenderingMetric(["vessel_attached"], thin_labels=[VESSEL], touches=[6])
     metric(torch.from_numpy(rendered[None, None]), batch_of((truth, label)))
     assert metric.aggregate() == {"vessel_attached": pytest.approx(7 / 10)}
+    metric(torch.full(rendered.shape, -50.0)[None, None], batch_of((truth, label)))
+    assert metric.aggregate() == {"vessel_attached": pytest.approx(7 / 20)}, "vessels that are not seen count as well"
 
 
 def test_mean_absolute_error_by_hand():

@@ -122,10 +122,19 @@ def test_a_users_features_are_named_in_the_config(workflow, cohort, planted):
 
 
 def test_sets_that_cannot_be_measured_are_refused_by_name(workflow, cohort, planted):
-    with fails_with("held_out: at least two cases are needed to measure a set, got 1"):
+    with fails_with("held_out: at least two cases are needed to measure a set, got 1; list more"):
         measure(workflow, cohort, planted, held_out_sections="validation")
     with fails_with("limits: ['ncc'] do not exist; the limits are ['local_correlation', 'template_copy']"):
         measure(workflow, cohort, planted, limits={"ncc": 0.5})
+
+
+def test_a_set_that_its_report_would_refuse_is_not_measured(workflow, cohort, planted):
+    made, label = json.loads((planted / "datalist.json").read_text()), template_of(cohort, "subject_000")["label"]
+    made["provenance"]["templates"] = {label: "of what it was"}
+    (planted / "datalist.json").write_text(json.dumps(made))
+    with fails_with(f"{label}: this template has changed since the set was made from it; bring back what it was"):
+        measure(workflow, cohort, planted)
+    assert not (planted / "set_metrics.json").exists()
 
 
 class Arrays:

@@ -10,7 +10,7 @@ from custom.geometry.topology import betti_numbers
 from custom.geometry.vessels import read_tree, tree_length_mm
 from custom.masks.gate import MaskGate
 from custom.masks.generator import MaskGenerator, NotAcceptedError
-from custom.masks.motion import Edits, Motion
+from custom.masks.motion import Edits, Motion, from_options
 from custom.masks.preparation import dice, prepare_label_map
 from custom.masks.reference import Reference, fill_nearest, register_neighbour
 from custom.phantom.cohort import make_subject
@@ -148,6 +148,8 @@ def test_a_vessel_with_a_loop_is_no_tree():
         (lambda: Motion(shrink=0), r"shrink must be in \(0, 1\] and retries at least 0, got 0, 6"),
         (lambda: Motion(fine_mm=-1), r"motion: fine_mm must not be negative, got -1"),
         (lambda: Motion(coarse_sigma_mm=0), r"motion: coarse_sigma_mm must be positive, got 0"),
+        (lambda: Motion(fine_sigma_mm=1).check_grid([2, 2, 2.5]), r"fine_sigma_mm must be .* 2.5 mm, got 1; raise it"),
+        (lambda: from_options(Motion, "motion", {"fine_mm": True}), r"motion: fine_mm must be a number, .* got True"),
         (lambda: Edits(prune_probability=2), r"edits: prune_probability must be 0 to 1 .* got 2 and 40"),
         (lambda: Edits(radius_range=(2, 1)), r"edits: radius_range must be \[lowest, highest\] above 0, got \(2, 1\)"),
     ],

@@ -161,6 +161,10 @@ def test_monai_reads_the_datalist_and_the_files_carry_the_affine(cohort: Path) -
             nifti = nib.load(item[name])
             np.testing.assert_array_equal(nifti.affine, np.diag([2.25, 2.25, 2.25, 1.0]))
             assert nifti.get_data_dtype() == dtype
+            codes = {form: int(nifti.header[f"{form}_code"]) for form in ("qform", "sform")}
+            assert codes == {"qform": 1, "sform": 1}, "programs read one or the other"
+            np.testing.assert_array_equal(nifti.get_qform(), nifti.get_sform())
+            assert nifti.header.get_xyzt_units()[0] == "mm"
         assert (cohort.parent / item["clean"]).exists()
 
 

@@ -1,5 +1,6 @@
 """Files are absent or whole, and known by what they hold."""
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from custom.runs.files import (
     content_hash,
     differences,
     file_hashes,
+    named_folder,
     plain_values,
     read_json,
     remove_leftovers,
@@ -38,6 +40,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
         replace_file(tmp_path / "a.json", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EFBIG, r"raise the limit of the size of files \(ulimit -f\)"),
+        (errno.ENOTDIR, "move the file away that lies in its place"),
+        (errno.EIO, "make room or mend the disk there"),
+    ],
+)
+def test_what_cannot_be_written_is_named_with_a_remedy_for_its_reason(tmp_path, code, remedy):
+    def fail(part):
+        raise OSError(code, os.strerror(code), str(part))
+
+    refusal = f"{os.strerror(code)}; nothing was written, {remedy}, or choose another ckpt_dir"
+    with pytest.raises(OSError, match=refusal) as caught:
+        replace_file(tmp_path / "model.pt", fail, option="ckpt_dir")
+    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "model.pt"))
+    with pytest.raises(OSError, match=f"{os.strerror(code)}; {remedy}, or choose another shard") as caught:
+        with named_folder(tmp_path, "shard"):
+            fail(tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path))
 
 
 def test_a_table_has_a_column_for_every_key_and_empty_cells_for_what_is_not_known(tmp_path):
@@ -82,6 +109,8 @@ def test_damaged_json_is_named_with_what_is_wrong_and_the_remedy(tmp_path):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"a.json: is damaged \(.*{reason}.*\); make it anew"):
             read_json(tmp_path / "a.json", "make it anew")
+    with pytest.raises(ValueError, match=r"is damaged \(Is a directory\); make it anew"):
+        read_json(tmp_path, "make it anew")
 
 
 def test_differences_are_named_by_the_innermost_key():

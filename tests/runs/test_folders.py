@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from dataclasses import dataclass
 
 import pytest
-from custom.runs.folders import TrainingPlace, claim_folder, lock_folder, unlock_folder
-from helpers import ROOT, other_process_at_work
+from custom.runs.folders import claim_folder
+from custom.runs.locks import _LOCKS, TrainingPlace, lock_folder, unlock_folder
+from helpers import other_process, succeeds_elsewhere
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 
@@ -21,6 +21,16 @@ class Options:
 
 def claim(folder, **provenance):
     return claim_folder(str(folder), name="run.json", provenance=provenance)
+
+
+def at_work(folder):
+    return other_process(lambda: lock_folder(str(folder)))
+
+
+def take_anew(folder):
+    """Take the lock as a process does that was not forked from one that has it."""
+    _LOCKS.clear()
+    lock_folder(str(folder))
 
 
 def test_the_same_run_goes_on_and_gets_the_same_provenance(tmp_path):
@@ -52,15 +62,15 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
 
 
 def test_a_second_run_into_one_folder_is_refused_until_the_first_is_gone_however_it_ends(tmp_path):
-    with other_process_at_work(tmp_path) as other:
-        busy = rf"output_dir .*: process {other.pid} on \S+ is at work on part 0 of this run; wait until it has ended"
+    with at_work(tmp_path) as other:
+        busy = rf"output_dir .*: process {other} on \S+ is at work on part 0 of this run; wait until it has ended"
         for _ in range(2):
             with pytest.raises(RuntimeError, match=busy):
                 lock_folder(str(tmp_path))
         lock_folder(str(tmp_path), shard=1)  # another part
         unlock_folder(str(tmp_path), shard=1)
-        other.kill()
-        other.wait()
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
         lock_folder(str(tmp_path))  # nothing to clean up, although the worker of the other run still lives
         unlock_folder(str(tmp_path))
 
@@ -68,15 +78,10 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_gone_however
 def test_a_lock_is_kept_by_its_process_until_it_is_given_back(tmp_path):
     lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))  # the same process goes on
-
-    def exit_code():
-        take = "import sys; from custom.runs.folders import lock_folder; lock_folder(sys.argv[1])"
-        return subprocess.run([sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, capture_output=True).returncode
-
-    assert exit_code() == 1
+    assert not succeeds_elsewhere(lambda: take_anew(tmp_path))
     unlock_folder(str(tmp_path))
     unlock_folder(str(tmp_path))
-    assert exit_code() == 0
+    assert succeeds_elsewhere(lambda: take_anew(tmp_path))
 
 
 def test_a_locked_folder_can_still_be_claimed(tmp_path):
@@ -148,6 +153,22 @@ def test_another_option_or_another_input_is_another_run_and_another_number_of_wo
         pass
 
 
+def test_a_nested_override_is_another_run_and_stands_in_the_record_alone(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    command = ["monai/bundle/__main__.py", "run", "--config_file", str(tmp_path / "config.json")]
+    with folder_of(tmp_path) as first:
+        (tmp_path / "out/result.nii.gz").write_bytes(b"")
+    (tmp_path / "out/run.json").unlink()
+    (tmp_path / "out/result.nii.gz").unlink()
+    monkeypatch.setattr("sys.argv", command)
+    with folder_of(tmp_path) as again:
+        assert again == first, "a run from a command line is the same run"
+    assert json.loads((tmp_path / "out/run.json").read_text())["config"]["loader#kernel_size"] == 1
+    monkeypatch.setattr("sys.argv", [*command, "--loader#kernel_size", "3"])
+    with pytest.raises(ValueError, match=r"another run \(loader#kernel_size: 1 there, 3 now\)"), folder_of(tmp_path):
+        pass
+
+
 def test_only_what_differs_is_told_by_its_name_and_shortened(tmp_path):
     rows = {str(k): {"name": f"label {k}", "components": 1} for k in range(20)}
     claim(tmp_path, anatomy=rows, files=["a" * 200], shift=float("nan"))
@@ -173,10 +194,7 @@ def test_a_run_that_made_nothing_leaves_its_folder_to_another(tmp_path):
     (tmp_path / "prepared/reference.nii.gz").write_bytes(b"of the options before")
     assert again(seed=0) == first
     assert (tmp_path / "prepared/reference.nii.gz").exists()
-    with (
-        other_process_at_work(tmp_path),
-        pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 there, 1 now\)"),
-    ):
+    with at_work(tmp_path), pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 there, 1 now\)"):
         again(seed=1)
     assert again(seed=1)["seed"] == 1
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
@@ -192,8 +210,8 @@ def test_nothing_is_claimed_before_the_work_begins_and_the_lock_ends_with_it(tmp
     with pytest.raises(RuntimeError, match="amid the work"), folder:
         raise RuntimeError("amid the work")
     with (
-        other_process_at_work(tmp_path / "out") as other,
-        pytest.raises(RuntimeError, match=f"process {other.pid} on .* is at work"),
+        at_work(tmp_path / "out") as other,
+        pytest.raises(RuntimeError, match=f"process {other} on .* is at work"),
         folder,
     ):
         pass
@@ -206,17 +224,6 @@ def place_of(folder, name="out", weights="models/model.pt"):
     return TrainingPlace(output_dir=str(folder / name), weights=str(folder / weights))
 
 
-TRAINING = """
-import sys, time
-from pathlib import Path
-from custom.runs.folders import TrainingPlace
-folder = Path(sys.argv[1])
-TrainingPlace(output_dir=str(folder / sys.argv[2]), weights=str(folder / sys.argv[3])).take()
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
 @pytest.mark.parametrize(
     ("theirs", "refusal"),
     [
@@ -225,15 +232,10 @@ time.sleep(60)
     ],
 )
 def test_a_second_training_into_one_place_is_refused_until_the_first_has_ended(tmp_path, theirs, refusal):
-    command = [sys.executable, "-c", TRAINING, str(tmp_path), *theirs]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        try:
-            assert other.stdout.readline() == "locked\n"
-            with pytest.raises(RuntimeError, match=refusal.format(other.pid)):
-                place_of(tmp_path).take()
-            place_of(tmp_path, "third", "models/another.pt").run(trainer_of_one_step())
-        finally:
-            other.kill()
+    with other_process(place_of(tmp_path, *theirs).take) as other:
+        with pytest.raises(RuntimeError, match=refusal.format(other)):
+            place_of(tmp_path).take()
+        place_of(tmp_path, "third", "models/another.pt").run(trainer_of_one_step())
     place_of(tmp_path).run(trainer_of_one_step())
 
 
@@ -244,7 +246,6 @@ def trainer_of_one_step():
     return trainer
 
 
-@pytest.mark.slow
 def test_a_place_is_given_back_also_by_a_training_that_fails(tmp_path):
     def fail():
         raise RuntimeError("amid the training")
@@ -255,8 +256,7 @@ def test_a_place_is_given_back_also_by_a_training_that_fails(tmp_path):
     place.take()
     with pytest.raises(RuntimeError, match="amid the training"):
         place.run(trainer)
-    take = [sys.executable, "-c", TRAINING.replace("time.sleep(60)", ""), str(tmp_path), "out", "models/model.pt"]
-    assert subprocess.run(take, cwd=ROOT, capture_output=True).returncode == 0
+    assert succeeds_elsewhere(place_of(tmp_path).take)
 
 
 def test_of_several_processes_the_first_takes_the_place(tmp_path, monkeypatch):

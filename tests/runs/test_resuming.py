@@ -194,6 +194,59 @@ def test_places_and_what_is_left_out_may_change(tmp_path):
     assert again.epochs == [2]
 
 
+def test_a_nested_override_is_named_and_places_in_it_may_change(tmp_path, monkeypatch):
+    path, config = tmp_path / "run.pt", tmp_path / "train.json"
+    config.write_text('{"seed": 0, "optimizer": {"weight_decay": 0.01}, "loader": {"num_workers": 0}}')
+    command = ["monai/bundle/__main__.py", "run", "training", "--config_file", str(config)]
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        return Run(path, resolved={"seed": 0})
+
+    run().trainer.run(range(3), max_epochs=1)
+    with pytest.raises(ValueError, match="interrupted run with optimizer#weight_decay 0.01, now 0.1; repeat"):
+        run("--optimizer#weight_decay", "0.1").trainer.run(range(3), max_epochs=2)
+    preset = tmp_path / "preset.json"
+    preset.write_text('{"optimizer": {"weight_decay": 0.1}}')
+    with pytest.raises(ValueError, match="interrupted run with optimizer#weight_decay 0.01, now 0.1; repeat"):
+        run("--config_file", f"['{config}','{preset}']").trainer.run(range(3), max_epochs=2)
+    run("--loader#num_workers=4").trainer.run(range(3), max_epochs=2)
+    monkeypatch.setattr("sys.argv", ["pytest"])  # whose configs are not known
+    again = Run(path, resolved={"seed": 0})
+    again.trainer.run(range(3), max_epochs=3)
+    assert again.epochs == [3]
+
+
+def test_cases_are_compared_by_what_their_files_hold(tmp_path):
+    path, names = tmp_path / "run.pt", ("a", "b")
+    for folder in ("first", "moved"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(name.encode())
+
+    def run(folder, weight=1.0):
+        cases = [{"image": str(tmp_path / folder / name), "case": name, "weight": weight} for name in names]
+        return Run(path, data={"training": cases}).trainer
+
+    run("first").run(range(3), max_epochs=1)
+    run("moved").run(range(3), max_epochs=2)
+    with pytest.raises(ValueError, match="with data#training#0 a#weight 1.0, now 2.0, data#training#1 b#weight"):
+        run("moved", weight=2.0).run(range(3), max_epochs=3)
+    (tmp_path / "moved/b").write_bytes(b"c")
+    with pytest.raises(ValueError, match="interrupted run with data#training#1 b#image "):
+        run("moved").run(range(3), max_epochs=3)
+
+
+def test_cases_without_a_name_may_grow_as_in_monai_label(tmp_path):
+    path = tmp_path / "run.pt"
+    for number in (1, 2):
+        (tmp_path / f"{number}").write_bytes(b"label")
+        cases = [{"label": str(tmp_path / f"{k + 1}")} for k in range(number)]
+        run = Run(path, data={"training": cases})
+        run.trainer.run(range(3), max_epochs=number)
+        assert run.epochs == [number]
+
+
 def test_another_number_of_processes_is_named(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     Run(path).trainer.run(range(3), max_epochs=1)
@@ -211,7 +264,9 @@ def test_a_file_of_an_older_version_goes_on_with_what_it_knows(tmp_path, caplog)
     again = Run(path, resolved=RESOLVED)
     again.trainer.run(range(3), max_epochs=2)
     assert again.epochs == [2]
-    assert f"{path}: was written by an older version; not compared are anatomy, batch_size, processes" in caplog.text
+    assert (
+        f"{path}: was written by an older version; not compared are anatomy, batch_size, data, processes" in caplog.text
+    )
     torch.save({**content, "options": {"seed": 0}}, path)
     with pytest.raises(ValueError, match="interrupted run with seed 0, now 1; repeat"):
         Run(path, resolved=RESOLVED | {"seed": 1}).trainer.run(range(3), max_epochs=2)

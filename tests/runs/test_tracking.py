@@ -58,6 +58,8 @@ def test_the_name_of_a_store_makes_none(tmp_path):
 def test_a_store_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
     open_store(tracking_store(tmp_path / name)).create_experiment("kept")
     assert (tmp_path / name / "mlflow.db").stat().st_size > 0
+    log_run(tracking_store(tmp_path / name), tmp_path / name, run_name="a", params={}, metrics={}, artifacts=[])
+    assert [path.name for path in tmp_path.iterdir()] == [name], "MLflow's folder with escapes in its name must go"
     assert open_store(tracking_store(tmp_path / name)).get_experiment_by_name("kept")
 
 
@@ -88,21 +90,30 @@ def test_a_server_named_in_the_environment_redirects_nothing_and_delays_nothing(
 def test_a_damaged_store_is_named_with_the_remedy(tmp_path, spoil):
     open_store(tracking_store(tmp_path / "whole"))
     (tmp_path / "mlflow.db").write_bytes(spoil((tmp_path / "whole/mlflow.db").read_bytes()))
-    refusal = rf"{tmp_path}/mlflow.db: MLflow cannot log here \(.*\); make room on a full disk, else move it away"
+    refusal = rf"{tmp_path}/mlflow.db: MLflow cannot log here \(.*\); move it away: it is a log alone"
     with pytest.raises(RuntimeError, match=refusal):
         handler_of(tmp_path)
     with pytest.raises(RuntimeError, match=refusal):
         log_run(tracking_store(tmp_path), tmp_path, run_name="masks", params={}, metrics={}, artifacts=[])
 
 
-@pytest.mark.parametrize("call", ["get_experiment_by_name", "log_batch", "set_terminated"])
-def test_a_disk_that_is_full_amid_a_run_is_named_with_the_store(tmp_path, monkeypatch, call):
-    def full(*args, **kwargs):
-        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+@pytest.mark.parametrize(
+    ("call", "reason", "remedy"),
+    [
+        ("get_experiment_by_name", "database or disk is full", "make room there"),
+        ("log_batch", "disk I/O error", "make room there"),
+        ("log_batch", "attempt to write a readonly database", "make the folder writable"),
+        ("set_terminated", "unable to open database file", "make the folder writable"),
+    ],
+)
+def test_a_disk_that_fails_amid_a_run_is_named_with_the_store(tmp_path, monkeypatch, call, reason, remedy):
+    def fail(*args, **kwargs):
+        raise OperationalError("INSERT", {}, Exception(reason))
 
     engine = handler_of(tmp_path)
-    monkeypatch.setattr(mlflow.MlflowClient, call, full)
-    with pytest.raises(RuntimeError, match=rf"{tmp_path}/mlflow.db: .*database or disk is full.*make room"):
+    monkeypatch.setattr(mlflow.MlflowClient, call, fail)
+    refusal = rf"{tmp_path}/mlflow.db: .*{reason}.*; {remedy}, or choose another output_dir"
+    with pytest.raises(RuntimeError, match=refusal):
         engine.run([0, 1])
 
 

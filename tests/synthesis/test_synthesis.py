@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from custom.diffusion.transforms import VaryContrastd
 from custom.evaluation.gate import ImageGate, examine, rejections
+from custom.runs.locks import lock_folder
 from custom.synthesis.cases import synthesis_cases
-from helpers import TINY, fails_with, other_process_at_work, template_of
+from helpers import BUNDLE, TINY, fails_with, other_process, template_of, workflow_of
 
 CONFIGS = ("inference.json", "synthesize.json")
 MAPPING = {"from": [11], "to": [0]}
@@ -41,27 +43,46 @@ def run(workflow, *names, **overrides):
     work.finalize()
 
 
-@pytest.fixture
-def masks(cohort, tmp_path):
+@pytest.fixture(scope="module")
+def masks(cohort, tmp_path_factory):
     """A list of two masks, one with an id that the mapping drops, on an LPS grid."""
+    folder = tmp_path_factory.mktemp("masks")
     for index in (2, 3):
         image = nib.load(cohort / f"labels/subject_00{index}.nii.gz")
         label = np.asarray(image.dataobj).astype(np.uint8)[::-1, ::-1].copy()
         label[:3, :3, :3] = 11
         affine = image.affine @ np.diag([-1, -1, 1, 1])
-        nib.save(nib.Nifti1Image(label, affine), tmp_path / f"mask_{index}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"mask_{index}.nii.gz")
     items = [{"label": f"mask_{index}.nii.gz", "source": str(cohort / "labels/subject_001.nii.gz")} for index in (2, 3)]
-    (tmp_path / "masks.json").write_text(json.dumps({"training": items}))
-    return tmp_path
+    (folder / "masks.json").write_text(json.dumps({"training": items}))
+    return folder
 
 
-def calibrate(workflow, cohort, weights, folder, **overrides):
-    run(
-        workflow,
-        *CONFIGS,
-        "calibrate.json",
-        **(options(cohort, weights, folder) | {"mask_datalist": str(cohort / "datalist.json")} | overrides),
-    )
+def calibrated(cohort, weights, masks, folder, **overrides):
+    """Options of synthesis with the table that a calibration has written into the folder."""
+    settings = options(cohort, weights, masks) | {"confidence_table": str(folder / "confidence.json")} | overrides
+    run(workflow_of(BUNDLE), *CONFIGS, "calibrate.json", **settings | {"mask_datalist": str(cohort / "datalist.json")})
+    return settings
+
+
+@pytest.fixture(scope="module")
+def settings(cohort, weights, masks, tmp_path_factory):
+    """Options of a synthesis whose table is made."""
+    return calibrated(cohort, weights, masks, tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """A finished set, to look at."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(workflow_of(BUNDLE), *CONFIGS, **settings, output_dir=str(folder), template_choice="source")
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(finished, tmp_path / "out")
 
 
 def test_gate_and_drawn_contrast_have_the_plausible_ranges_of_the_anatomy(workflow):
@@ -84,23 +105,19 @@ def test_contrast_varies_in_synthesis_and_not_in_calibration(workflow):
     assert truth["contrast_shift_hu"] == truth["label_shift_hu"] == 0
 
 
-@pytest.mark.parametrize("method", ["predicted_variance", "skip_sampling"])
-def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights, masks, tmp_path, method):
-    table = tmp_path / "confidence.json"
-    settings = options(cohort, weights, masks) | {"confidence_table": str(table), "method": method}
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(table), method=method)
-    content = json.loads(table.read_text())
+def assert_complete(out, masks, method, table):
+    """Both masks are rendered from the template that they were made from, on their grid, with a confidence."""
+    content = json.loads(Path(table).read_text())
     assert np.shape(content["tau_hu2"]) == (11,)
     assert content["method"] == method
-    out = tmp_path / "out"
-    run(workflow, *CONFIGS, **settings, output_dir=str(out), template_choice="source")
     listed = json.loads((out / "datalist.json").read_text())
     assert len(listed["training"]) == 2
     assert listed["rejected"] == []
     made_with = listed["provenance"]
     assert (made_with["grain"], made_with["sample_strength"]) == (1.0, 1.0)
     for item, index in zip(listed["training"], (2, 3), strict=True):
-        assert "from_subject_001" in item["image"]  # the template that the masks were made from
+        assert "from_subject_001" in item["image"]
+        assert item["mapped_label"] is True
         image, label, trust = (nib.load(out / item[key]) for key in ("image", "label", "confidence"))
         mask = nib.load(masks / f"mask_{index}.nii.gz")
         for volume in (image, label, trust):
@@ -116,67 +133,66 @@ def test_a_set_is_calibrated_synthesized_and_complete(workflow, cohort, weights,
     assert (out / "report.html").stat().st_size > 50_000
 
 
-def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, cohort, weights, masks, tmp_path):
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    out = tmp_path / "out"
-    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+def test_a_set_is_calibrated_synthesized_and_complete(settings, finished, masks):
+    assert_complete(finished, masks, "predicted_variance", settings["confidence_table"])
+
+
+def test_a_set_of_skip_sampling_is_complete(workflow, cohort, weights, masks, tmp_path):
+    settings = calibrated(cohort, weights, masks, tmp_path, method="skip_sampling")
+    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), template_choice="source")
+    assert_complete(tmp_path / "out", masks, "skip_sampling", settings["confidence_table"])
+
+
+def test_a_second_run_makes_only_what_is_missing_or_damaged(workflow, settings, out):
+    again = {**settings, "output_dir": str(out), "template_choice": "source"}
     files = sorted((out / "images").iterdir())
-    before = [path.read_bytes() for path in files]
-    stamps = [path.stat().st_mtime_ns for path in files]
+    before = nib.load(files[0]).get_fdata()
+    stamp = files[1].stat().st_mtime_ns
     files[0].write_bytes(b"damaged")
-    with other_process_at_work(out), fails_with("is at work on part 0 of this run"):
-        run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    with other_process(lambda: lock_folder(str(out))), fails_with("is at work on part 0 of this run"):
+        run(workflow, *CONFIGS, **again)
     assert files[0].read_bytes() == b"damaged"
-    run(workflow, *CONFIGS, **settings, output_dir=str(out))
-    after = [nib.load(path).get_fdata() for path in files]
-    (tmp_path / "old.nii.gz").write_bytes(before[0])
-    np.testing.assert_array_equal(after[0], nib.load(tmp_path / "old.nii.gz").get_fdata())
-    assert files[1].stat().st_mtime_ns == stamps[1]
+    run(workflow, *CONFIGS, **again)
+    np.testing.assert_array_equal(nib.load(files[0]).get_fdata(), before)
+    assert files[1].stat().st_mtime_ns == stamp
     with fails_with("seed: 0 there, 5 now"):
-        run(workflow, *CONFIGS, **settings, output_dir=str(out), seed=5)
+        run(workflow, *CONFIGS, **again, seed=5)
 
 
-def test_two_processes_make_what_one_makes(workflow, cohort, weights, masks, tmp_path, monkeypatch):
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "one"))
+def test_two_processes_make_what_one_makes(workflow, settings, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "two"))
+        run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "two"), template_choice="source")
         assert len(list((tmp_path / "two/images").iterdir())) == 2 - int(rank)
-    one, two = (json.loads((tmp_path / name / "datalist.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((folder / "datalist.json").read_text()) for folder in (finished, tmp_path / "two"))
     assert one == two
     for item in one["training"]:
         for key in ("image", "label", "confidence"):
-            values = [np.asarray(nib.load(tmp_path / name / item[key]).dataobj) for name in ("one", "two")]
+            values = [np.asarray(nib.load(folder / item[key]).dataobj) for folder in (finished, tmp_path / "two")]
             np.testing.assert_array_equal(*values)
 
 
-def test_a_changed_mask_is_rendered_anew_and_a_broken_record_too(workflow, cohort, weights, masks, tmp_path):
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    out = tmp_path / "out"
-    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+def test_a_changed_mask_is_rendered_anew_and_a_broken_record_too(workflow, settings, masks, out):
     before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    original = (masks / "mask_2.nii.gz").read_bytes()
     shutil.copy(masks / "mask_3.nii.gz", masks / "mask_2.nii.gz")
     next(iter((out / "records").glob("mask_3*"))).write_text("")
-    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+    try:
+        run(workflow, *CONFIGS, **settings, output_dir=str(out), template_choice="source")
+    finally:
+        (masks / "mask_2.nii.gz").write_bytes(original)
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
 
 
-def test_incomplete_cases_are_not_listed(workflow, cohort, weights, masks, tmp_path):
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    out = tmp_path / "out"
-    run(workflow, *CONFIGS, **settings, output_dir=str(out))
+def test_incomplete_cases_are_not_listed(workflow, settings, out):
+    again = {**settings, "output_dir": str(out), "template_choice": "source"}
     next((out / "images").glob("mask_3*")).unlink()
-    run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=0, shards=2)  # the other process's case is broken
+    run(workflow, *CONFIGS, **again, shard=0, shards=2)  # the other process's case is broken
     listed = json.loads((out / "datalist.json").read_text())
     assert [item["image"] for item in listed["training"]] == [f"images/{p.name}" for p in (out / "images").iterdir()]
     with fails_with("shard: must be 0 to 1 of 2 shards, got 2"):
-        run(workflow, *CONFIGS, **settings, output_dir=str(out), shard=2, shards=2)
+        run(workflow, *CONFIGS, **again, shard=2, shards=2)
 
 
 def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, masks, tmp_path):
@@ -193,11 +209,9 @@ def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
     assert rejections(measures, 5.0, ImageGate.from_config({"plausible_hu": None})) == []
 
 
-def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, weights, masks, tmp_path):
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
-    settings["gate#plausible_hu"] = {"3": [900, 1000]}
-    run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
+def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, settings, tmp_path):
+    strict = {**settings, "gate#plausible_hu": {"3": [900, 1000]}}
+    run(workflow, *CONFIGS, **strict, output_dir=str(tmp_path / "out"))
     listed = json.loads((tmp_path / "out/datalist.json").read_text())
     assert listed["training"] == []
     for item in listed["rejected"]:
@@ -206,11 +220,11 @@ def test_what_the_gate_rejects_is_kept_apart_with_its_reason(workflow, cohort, w
         assert item["image"].startswith("rejected/images/")
 
 
-def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, cohort, weights, masks, tmp_path):
-    settings = options(cohort, weights, masks) | {"confidence_table": str(tmp_path / "c.json")}
+def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, settings, weights, tmp_path):
+    settings, made = {**settings, "confidence_table": str(tmp_path / "c.json")}, settings["confidence_table"]
     with fails_with("c.json: no confidence table; run calibrate.json with these weights first"):
         run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"))
-    calibrate(workflow, cohort, weights, masks, confidence_table=str(tmp_path / "c.json"))
+    shutil.copy(made, tmp_path / "c.json")
     with fails_with("was made with method predicted_variance, not skip_sampling"):
         run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
     with fails_with("was made with calls [2], not [3]"):

@@ -71,6 +71,12 @@ def test_a_table_that_makes_no_sense_is_refused_by_row(rows, message):
         Anatomy(rows)
 
 
+@pytest.mark.parametrize("word", ["true", "True", "FALSE", "false"])
+def test_words_that_the_command_line_hands_on_are_switches(word):
+    rows = changed("3", thin=word, touches=[2])
+    assert Anatomy(rows).labels[3].thin is (word.lower() == "true")
+
+
 def test_a_label_without_nominal_hu_is_named_when_something_is_painted():
     rows = changed("3", nominal_hu=None)
     assert Anatomy(rows).thin == [3]

@@ -123,6 +123,7 @@ def test_case_without_a_key_is_refused_with_list_section_and_key(folder):
         ({"image": None}, r"odd\.json: image must be the name of a file, got None"),
         ({"confidence": 3}, r"odd\.json: confidence must be the name of a file, got 3"),
         ({"weight": -1}, r"odd\.json: weight must be a number, at least 0, got -1"),
+        ({"weight": float("inf")}, r"odd\.json: weight must be a number, at least 0, got inf"),
         ({"weight": True}, r"odd\.json: weight must be a number, at least 0, got True"),
         ({"score_hu": None}, r"odd\.json: score_hu must be a number, at least 0, got None"),
         ({"score_hu": -0.5}, r"odd\.json: score_hu must be a number, at least 0, got -0\.5"),
@@ -184,6 +185,19 @@ def test_masks_are_rendered_once_each_without_templates(folder):
 def test_one_text_instead_of_a_list_of_masks_is_refused():
     with pytest.raises(TypeError, match=r"target_masks: must be a list of files, got the text 'm\.nii'; write \['m"):
         rendering_cases("m.nii", [])
+
+
+@pytest.mark.parametrize("wrong", ["a.nii", {"image": "a.nii"}, {"image": "a.nii", "label": 3}])
+def test_a_template_that_is_no_pair_is_refused_with_what_it_must_be(folder, templates, wrong):
+    with pytest.raises(TypeError, match=r"templates: must be a list of \{'image': FILE, 'label': FILE\}, got .*a\.nii"):
+        rendering_cases([str(folder / "c.nii")], [templates[0], wrong])
+
+
+@pytest.mark.parametrize(("make", "option"), [(segmentation_cases, "images"), (rendering_cases, "target_masks")])
+def test_a_number_is_no_file(make, option):
+    more = {"templates": []} if make is rendering_cases else {}
+    with pytest.raises(TypeError, match=rf"{option}: must be a list of files, got 2024 in it; write names of files"):
+        make(["a.nii", 2024], **more)
 
 
 def test_no_mask_is_refused(templates):

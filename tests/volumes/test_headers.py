@@ -40,6 +40,18 @@ def test_the_form_that_a_file_has_is_used(tmp_path, forms):
     np.testing.assert_allclose(read(written(tmp_path / "a.nii", **forms)).affine, AFFINE, atol=1e-5)
 
 
+def test_a_file_without_a_place_is_refused_with_a_remedy_that_works(tmp_path):
+    """Readers differ even in which side is left."""
+    image = nib.Nifti1Image(np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE), None)
+    nib.save(image, tmp_path / "none.nii")
+    with pytest.raises(ValueError, match=r"none\.nii: the header must say where .* axes point to L, A, S"):
+        read(str(tmp_path / "none.nii"))
+    image = nib.load(tmp_path / "none.nii")
+    image.set_sform(image.affine, 1)
+    nib.save(image, tmp_path / "mended.nii")
+    assert nib.aff2axcodes(read(str(tmp_path / "mended.nii")).affine.numpy()) == ("L", "A", "S")
+
+
 def test_forms_that_agree_to_a_tenth_of_a_voxel_are_one(tmp_path):
     near, far = AFFINE.copy(), AFFINE.copy()
     near[0, 3] += 0.18
@@ -84,6 +96,20 @@ def test_an_sform_of_other_voxel_sizes_is_refused_with_remedies_that_work(tmp_pa
     image.set_sform(None, 0)
     nib.save(image, tmp_path / "qform.nii")
     np.testing.assert_allclose(read(str(tmp_path / "qform.nii")).affine, np.eye(4), atol=1e-5)
+
+
+def test_a_header_without_a_place_is_refused_with_a_remedy_that_works(tmp_path):
+    """ITK and nibabel put it at different places, front and back exchanged."""
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), None), tmp_path / "none.nii")
+    with pytest.raises(ValueError, match=r"none\.nii: the header must say where the volume lies, got .* code 0") as no:
+        read(str(tmp_path / "none.nii"))
+    assert "know that its axes point to L, A, S, in Python" in str(no.value)
+    image = nib.load(tmp_path / "none.nii")
+    place, remedy = image.affine, "image.set_sform(image.affine, 1)"
+    assert remedy in str(no.value)
+    eval(remedy, {"image": image})
+    nib.save(image, tmp_path / "mended.nii")
+    np.testing.assert_allclose(read(str(tmp_path / "mended.nii")).affine, place, atol=1e-5)
 
 
 BAD = {

@@ -15,6 +15,7 @@ from custom.volumes.names import case_names
         (["/x/p1/ct.nii.gz", "/x/p2/ct.nii.gz", "/x/p2/other.nii"], ["p1_ct", "p2_ct", "other"]),
         (["/x/p1/seg/a.nii", "/x/p2/seg/a.nii", "/y/p2/seg/a.nii"], ["p1_seg_a", "x_p2_seg_a", "y_p2_seg_a"]),
         (["/a.nii", "/x/a.nii"], ["a", "x_a"]),
+        (["/x/A.NII.GZ", "/x/b.Nii", "/x/c.gz"], ["A", "b", "c"]),
         (["/d/1/ct.nii", "/d/2/ct.nii", "/d/1_ct.nii"], ["d_1_ct", "2_ct", "1_ct"]),
     ],
 )

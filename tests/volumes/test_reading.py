@@ -167,7 +167,10 @@ def test_volumes_of_two_voxels_of_the_model_pass():
 
 
 def test_pairs_of_different_size_are_refused_with_both_names_and_sizes():
-    with pytest.raises(ValueError, match=r"ct\.nii\.gz and /data/mask\.nii\.gz: .*\(6, 5, 7\) and \(6, 5, 8\)"):
+    """And with nothing else: where corners lie was not compared."""
+    with pytest.raises(
+        ValueError, match=r"ct\.nii\.gz and /data/mask\.nii\.gz: .*got sizes \(6, 5, 7\) and \(6, 5, 8\); resample"
+    ):
         check(label=mask(shape=(6, 5, 8)), grids=[["image", "label"]])
 
 
@@ -249,6 +252,17 @@ def test_unreadable_file_is_named_with_the_reason(readable, spoil, reason):
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "scan"), MemoryError("Unable to allocate")])
+def test_a_file_that_is_closed_to_us_or_too_large_is_not_called_damaged(readable, monkeypatch, error):
+    def fails(file):
+        raise error
+
+    monkeypatch.setattr(nib, "load", fails)
+    with pytest.raises(type(error)) as caught:
+        LoadVolumesd("image")({"image": str(readable)})
+    assert caught.value is error
 
 
 def test_parts_of_another_version_are_refused():
