@@ -2,7 +2,7 @@
 
 from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
-from custom.diffusion.pairs import RandTemplatePaird
+from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.training import DiffusionLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
 from custom.diffusion.transforms import (
@@ -24,6 +24,7 @@ __all__ = [
     "MeasureGraind",
     "MomentsFirst",
     "PaintPriord",
+    "PooledDataLoader",
     "PrepareRendering",
     "PrepareResidualDiffusion",
     "RandPaintPriord",

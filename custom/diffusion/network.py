@@ -20,7 +20,7 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
-_IMAGE_CHANNELS = 16  # Haar bands of template and prior
+_IMAGE_CHANNELS = 16  # Haar bands of two images
 _SIGMA_RANGE = (0.01, 5.0)  # 1 to 500 HU, ours: the step in which images are written, half the step from lung to fat
 _NEAR_BLOCKS, _FADING_BLOCKS = 4, 2  # of 2 x 2 x 2 voxels, ours: partial volume and neighbours of the heart lie within
 _FIRST_SIGMA = 0.3  # where training starts, ours: about what edges leave to a mean
@@ -30,7 +30,7 @@ class Condition(NamedTuple):
     """What does not depend on time: made once per volume (or window), used at every step.
 
     Attributes:
-        features: (B, C, h, w, d) on the packed grid.
+        features: (B, C, h, w, d) on the packed grid: encoded masks and images, template, expected image.
         near: (B, 1, h, w, d) share of the residual that is drawn, see :func:`near_labels`.
         mean: (B, 8, h, w, d) mean of the residual, Haar bands in units of the residual.
         sigma: (B, 8, h, w, d) its standard deviation about that mean, alike.
@@ -170,7 +170,7 @@ class StructDiffUNet(nn.Module):
         self.point_spread = nn.Conv3d(_IMAGE_CHANNELS, 8, 3, padding=1)
         nn.init.zeros_(self.point_spread.weight)
         nn.init.zeros_(self.point_spread.bias)  # type: ignore[arg-type]
-        self.unet = unet(8 + seen + 16, 8)
+        self.unet = unet(8 + seen, 8)
         schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.alphas_cumprod: torch.Tensor
@@ -211,7 +211,8 @@ class StructDiffUNet(nn.Module):
             masks = [one_hot_blocks(ids, self.num_labels) for ids in (known.target_label, known.template_label)]
             # The images also go on unencoded: residuals at edges are learned several times faster so
             # (docs/FINDINGS.md).
-            seen = torch.cat([self.condition_encoder(torch.cat([*masks, images], 1)), images], 1)
+            encoded = self.condition_encoder(torch.cat([*masks, images], 1))
+            seen = torch.cat([encoded, images], 1)
             # The shape, not `len`, which `torch.jit.trace` keeps as a number.
             at_no_time = torch.zeros(seen.shape[0], dtype=torch.int64, device=seen.device)
             voxels, spread = self.regressor(seen, at_no_time).float().chunk(2, 1)
@@ -220,8 +221,9 @@ class StructDiffUNet(nn.Module):
         near = near_labels(known) if near is None else pad_to(near, seen.shape[2:])
         mean = near * haar_pack(depth_to_space(voxels + blurred))
         sigma = (near * _FIRST_SIGMA * spread.exp()).clamp(*_SIGMA_RANGE)
-        features = torch.cat([seen.float(), mean.detach(), sigma.detach().log()], 1)
-        return Condition(features, near, mean, sigma)
+        template, prior = images.chunk(2, 1)
+        expected = prior + mean.detach() * (RESIDUAL_UNIT_HU / IMAGE_UNIT_HU)
+        return Condition(torch.cat([encoded.float(), template, expected], 1), near, mean, sigma)
 
     def flow(self, y: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Velocity of the noisy packed remainder y, which is also its change with the angle (`formulas.angle_step`).

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from custom.diffusion.transforms import shift_labels
 from custom.geometry.deformation import identity_coordinates, random_velocity, sample, sample_labels
-from custom.volumes.grids import as_batch, crop, crop_to, pad_to_multiple, sample_cubic
+from custom.volumes.grids import as_batch, crop, crop_to, on_device, pad_to_multiple, sample_cubic
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
+from monai.data import DataLoader
 from monai.networks.layers import GaussianFilter
 from monai.transforms import Randomizable, Transform
 from torch.nn import functional as F
@@ -158,3 +159,57 @@ class RandTemplatePaird(Randomizable, Transform):
             target = target + displacement(self.target_amplitude_mm)
             near = sample(near, target)
         return target, target + near * displacement(self._amplitude_mm)
+
+
+class PooledDataLoader(DataLoader):
+    """MONAI's `DataLoader` of training pairs, each used several times: making one costs as much as a training step.
+
+    Of every batch that is made, `uses` are drawn: itself, then pairs of all that this epoch has made so far. Noise and
+    time of the diffusion are drawn anew for each. The pool is emptied when an epoch begins, so that an epoch follows
+    from its seed alone.
+
+    Args:
+        dataset: whose items hold the tensors `keys`.
+        uses: at least 1, which keeps no pool.
+        device: where the pool is kept.
+        kept: pairs that the pool holds at most; the oldest go first.
+        keys: what a training step reads; all else is left out.
+        kwargs: of `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        uses: int = 1,
+        device: Any = "cpu",
+        kept: int = 4096,
+        keys: Sequence[str] = ("image", "prior", "context", "label"),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, **kwargs)
+        self.uses, self.kept, self.keys = uses, kept, tuple(keys)
+        self.pool_device = torch.device(device)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.uses * super().__len__()
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of an epoch; what is drawn follows torch's global generator."""
+        pool: dict[str, torch.Tensor] = {}
+        made, held = 0, min(self.kept, super().__len__() * (self.batch_size or 1))
+        for item in super().__iter__():
+            batch = {key: on_device(item, key, self.pool_device) for key in self.keys}
+            yield batch
+            if self.uses == 1:
+                continue
+            size = len(batch[self.keys[0]])
+            pool = pool or {key: value.new_empty(held, *value.shape[1:]) for key, value in batch.items()}
+            places = torch.arange(made, made + size, device=self.pool_device) % held
+            for key, value in batch.items():
+                pool[key][places] = value
+            made += size
+            for _ in range(self.uses - 1):
+                rows = torch.randint(min(made, held), (size,)).to(self.pool_device)
+                yield {key: value[rows] for key, value in pool.items()}
