@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from custom.volumes.haar import haar_pack, space_to_depth
-from scipy import ndimage, signal
+from scipy import fft, ndimage
 from skimage.restoration import denoise_tv_chambolle
 
 MIN_VOXELS = 8  # ours: one block of 2 x 2 x 2; fewer voxels of a label have no mean worth a name
@@ -169,8 +169,19 @@ def local_sd(grain_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def draw_grain(kernel: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Grain of unit variance: white noise (H, W, D) through a :func:`grain_kernel`; float32."""
-    return signal.oaconvolve(white, kernel, mode="same").astype(np.float32)
+    """Grain of unit variance everywhere: white noise through a :func:`grain_kernel`.
+
+    Args:
+        kernel: (K, K, K), K odd.
+        white: (H + K - 1, W + K - 1, D + K - 1), so much larger that the grain is as strong at the border as inside.
+
+    Returns:
+        (H, W, D) float32.
+    """
+    shape = [fft.next_fast_len(n, real=True) for n in white.shape]
+    drawn = fft.irfftn(fft.rfftn(white, shape) * fft.rfftn(kernel, shape), shape)
+    inside = tuple(slice(k - 1, n) for k, n in zip(kernel.shape, white.shape, strict=True))  # nothing wraps around here
+    return drawn[inside].astype(np.float32)
 
 
 def with_grain(
