@@ -6,6 +6,7 @@ import torch
 from custom.volumes.intensity import (
     draw_grain,
     grain_kernel,
+    interior,
     interior_noise_sd,
     label_statistics,
     local_sd,
@@ -110,6 +111,27 @@ def test_interior_noise_is_measured_away_from_the_edges_of_a_label():
         core |= ndimage.binary_erosion(label == k, iterations=2)
     image = np.where(core, white(20.0), white(300.0, seed=1))
     assert interior_noise_sd(image, label) == pytest.approx(20, rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_interior_is_the_erosion_of_every_label_by_itself(dtype):
+    """Labels of any form, among them some at the border of the volume."""
+    noise = ndimage.gaussian_filter(white(1.0, (31, 28, 25)), 3)
+    label = np.digitize(noise, np.quantile(noise, [0.2, 0.5, 0.8])).astype(dtype)
+    core = interior(label)
+    assert core.dtype == dtype
+    for k in (1, 2, 3):
+        expected = ndimage.binary_erosion(label == k, iterations=2)
+        assert np.array_equal(core == k, expected)
+        assert expected.any()
+
+
+def test_interior_noise_is_that_of_the_interior_of_each_label_measured_alone():
+    """To the last bit, on a volume of odd sizes."""
+    label = chambers()
+    image = white(1.0) * np.array([500.0, 20.0, 80.0, 22.0])[label] + 100 * label
+    alone = [noise_sd(image, ndimage.binary_erosion(label == k, iterations=2)) for k in (1, 2, 3)]
+    assert interior_noise_sd(image, label) == np.median(alone)
 
 
 def test_interior_noise_of_labels_too_small_is_that_of_all_of_them():
