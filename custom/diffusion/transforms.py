@@ -109,11 +109,13 @@ class AddGraind(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Put grain on one item."""
         structure, label, strength = (as_batch(data[k])[0, -1].cpu().numpy() for k in (self.key, "label", "grain_sd"))
-        white = case_noise(structure.shape, self.seed, f"grain of {data['case']}").numpy()
+        kernel = as_batch(data["grain_kernel"])[0, 0].cpu().numpy()
+        size = [n + k - 1 for n, k in zip(structure.shape, kernel.shape, strict=True)]
+        white = case_noise(size, self.seed, f"grain of {data['case']}").numpy()
         image = with_grain(
             structure,
             label,
-            unit_grain=draw_grain(as_batch(data["grain_kernel"])[0, 0].cpu().numpy(), white),
+            unit_grain=draw_grain(kernel, white),
             local_sd_hu=strength,
             noise_sd_hu=self.factor * float(data["noise_sd"]),
         ).clip(self.lowest_hu, self.highest_hu)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from custom.volumes.intensity import power_spectrum
+from custom.geometry.topology import bounding_box
+from custom.volumes.intensity import interior, power_spectrum
 from monai.metrics import compute_roc_auc
 from monai.networks.nets import Classifier
 from monai.transforms import RandCropByLabelClasses
@@ -33,16 +34,16 @@ def edge_speckle(image: NDArray, label: NDArray) -> float:
         image: (H, W, D) HU.
         label: (H, W, D) ids.
     """
-    cube = np.ones((3, 3, 3))
     if not label.any():
         return float("nan")
-    box = tuple(slice(max(axis.min() - 2, 0), axis.max() + 3) for axis in np.nonzero(label))
+    box = tuple(slice(max(side.start - 2, 0), side.stop + 2) for side in bounding_box(label != 0))
     ids, values = label[box], np.asarray(image[box], dtype=np.float32)
-    edge = ndimage.maximum_filter(ids, footprint=cube) != ndimage.minimum_filter(ids, footprint=cube)
+    edge = ndimage.maximum_filter(ids, 3) != ndimage.minimum_filter(ids, 3)
     if not edge.any():
         return float("nan")
-    rest = values - ndimage.median_filter(values, footprint=cube)
-    return float(np.sqrt(np.square(rest[edge]).mean()))
+    cubes = np.lib.stride_tricks.sliding_window_view(np.pad(values, 1, mode="symmetric"), (3, 3, 3))
+    rest = values[edge] - np.median(cubes[edge].reshape(-1, 27), axis=1)
+    return float(np.sqrt(np.square(rest).mean()))
 
 
 def interior_spectrum(image: NDArray, label: NDArray, labels: Sequence[int]) -> NDArray[np.float64]:
@@ -56,11 +57,11 @@ def interior_spectrum(image: NDArray, label: NDArray, labels: Sequence[int]) -> 
     Returns:
         (5,) HU^2, mean power in the bands between BANDS; NaN without such a label.
     """
-    values, inside = np.zeros(image.shape), np.zeros(image.shape, dtype=bool)
-    for k in labels:
-        core = ndimage.binary_erosion(label == k, iterations=2)
-        if core.any():
-            values[core], inside = image[core] - image[core].mean(), inside | core
+    core = interior(label)
+    inside = np.isin(core, [k for k in labels if k])
+    values = np.zeros(image.shape)
+    for k in np.unique(core[inside]):
+        values[core == k] = image[core == k] - image[core == k].mean()
     if not inside.any():
         return np.full(len(BANDS) - 1, np.nan)
     power = power_spectrum(values, inside)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from custom.geometry.topology import bounding_box
 from custom.volumes.haar import haar_pack, space_to_depth
-from scipy import ndimage, signal
+from numpy.typing import NDArray
+from scipy import fft, ndimage
 from skimage.restoration import denoise_tv_chambolle
 
 MIN_VOXELS = 8  # ours: one block of 2 x 2 x 2; fewer voxels of a label have no mean worth a name
@@ -13,7 +15,7 @@ LUNG_BELOW_HU = -400.0  # between aerated lung (-850 HU) and fat (-100 HU)
 _REACH = 8  # voxels, ours: CT noise is correlated over 2 to 3 mm
 _CLIPPED_AT = 3.0  # deviations, ours: Gaussian noise lies within, edges that denoising missed do not
 _AROUND_VOXELS = 4.0  # ours: the dose changes over centimetres, and 500 voxels tell a deviation to 3 %
-_GIVEN_BACK_VOXELS, _MARGIN = 2.0, 8  # ours: some 15 voxels of a coronary, whose mean has a quarter of the noise
+_GIVEN_BACK_VOXELS = 2.0  # ours: some 15 voxels of a coronary, whose mean has a quarter of the noise
 _CORRECTIONS = 3  # leave less than 1 % on the real CTA
 _ENOUGH_VOXELS = 500  # ours: a robust deviation of 60 blocks of 2 x 2 x 2 is known to 5 %
 _ROUND_OFF_HU = 1e-3  # what single precision leaves of a volume without grain
@@ -49,14 +51,36 @@ def noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
     Args:
         image_hu, label: (H, W, D).
     """
-    even = tuple(slice(n - n % 2) for n in image_hu.shape)
-    bands = haar_pack(torch.from_numpy(np.ascontiguousarray(image_hu[even], dtype=np.float32))[None, None])[0]
-    inside = space_to_depth(torch.from_numpy(np.ascontiguousarray(label[even] > 0))[None, None])[0].all(0)
-    if not bool(inside.any()):
-        return 0.0
-    detail = bands[[3, 5, 6, 7]][:, inside]
-    sd = float(1.4826 * detail.abs().median())
+    inside = space_to_depth(_even(label > 0))[0].all(0)
+    return _robust_sd(_diagonal_bands(image_hu)[:, inside])
+
+
+def _even(values: NDArray) -> torch.Tensor:
+    """(1, 1, H, W, D) without the last voxel of odd axes, to be taken apart into blocks of 2 x 2 x 2."""
+    return torch.from_numpy(np.ascontiguousarray(values[tuple(slice(n - n % 2) for n in values.shape)]))[None, None]
+
+
+def _diagonal_bands(image_hu: np.ndarray) -> torch.Tensor:
+    """Haar bands (4, H/2, W/2, D/2) that are high-pass along two axes or three."""
+    return haar_pack(_even(np.asarray(image_hu, dtype=np.float32)))[0, [3, 5, 6, 7]]
+
+
+def _robust_sd(detail: torch.Tensor) -> float:
+    """Standard deviation by the MAD of coefficients (4, N) around 0; 0 where there are none."""
+    sd = float(1.4826 * detail.abs().median()) if detail.numel() else 0.0
     return sd if sd > _ROUND_OFF_HU else 0.0
+
+
+def interior(label: np.ndarray) -> np.ndarray:
+    """Labels without the two layers of voxels at their edges, where 0 takes their place; (H, W, D).
+
+    The erosion of every label by itself, the outside of the volume being background, but of all at once.
+    """
+    alike = label > 0
+    for axis in range(label.ndim):
+        step = np.moveaxis(np.diff(label, axis=axis, prepend=0, append=0) != 0, axis, 0)
+        np.moveaxis(alike, axis, 0)[...] &= ~(step[:-1] | step[1:])
+    return np.where(ndimage.binary_erosion(alike), label, 0)
 
 
 def interior_noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
@@ -70,12 +94,27 @@ def interior_noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
     Returns:
         HU; `noise_sd` of everything where no label is large enough.
     """
-    values = []
-    for k in np.unique(label[label > 0]):
-        core = ndimage.binary_erosion(label == k, iterations=2)
-        if np.count_nonzero(core) >= _ENOUGH_VOXELS:
-            values.append(noise_sd(image_hu, core))
-    return float(np.median(values)) if values else noise_sd(image_hu, label)
+    return _median_sd(_details(image_hu, _interior_blocks(label)))
+
+
+def _interior_blocks(label: np.ndarray) -> list[torch.Tensor]:
+    """Which 2 x 2 x 2 blocks lie in the interior of each label that is large enough, else in all labels together."""
+    core = interior(label)
+    ids, counts = np.unique(core[core > 0], return_counts=True)
+    blocks = space_to_depth(_even(core))[0]
+    of_one = (blocks == blocks[:1]).all(0)
+    inside = [of_one & (blocks[0] == k) for k in ids[counts >= _ENOUGH_VOXELS].tolist()]
+    return inside or [space_to_depth(_even(label > 0))[0].all(0)]
+
+
+def _details(image_hu: np.ndarray, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Diagonal Haar coefficients (4, N) of the blocks of each label."""
+    bands = _diagonal_bands(image_hu)
+    return [bands[:, inside] for inside in blocks]
+
+
+def _median_sd(details: list[torch.Tensor]) -> float:
+    return float(np.median([_robust_sd(detail) for detail in details]))
 
 
 def split_noise(image_hu: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,13 +141,22 @@ def split_noise(image_hu: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np
 def _lost_signal(taken_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Local mean of what denoising took, over the voxels of each label alone; 0 in the background. (H, W, D) HU."""
     lost = np.zeros(label.shape, dtype=np.float32)
-    for k in np.unique(label[label > 0]):
-        where = np.nonzero(label == k)
-        box = tuple(slice(max(axis.min() - _MARGIN, 0), axis.max() + _MARGIN + 1) for axis in where)
+    weights = [ndimage.gaussian_filter1d(np.eye(n, dtype=np.float32), _GIVEN_BACK_VOXELS, axis=0) for n in label.shape]
+    for k, box in enumerate(ndimage.find_objects(label.astype(np.int64)), start=1):
+        if box is None:
+            continue
         inside = (label[box] == k).astype(np.float32)
-        mean, share = (ndimage.gaussian_filter(part, _GIVEN_BACK_VOXELS) for part in (taken_hu[box] * inside, inside))
+        around = [w[s, s] for w, s in zip(weights, box, strict=True)]  # beyond the box there is nothing of the label
+        mean, share = (_along_axes(part, around) for part in (taken_hu[box] * inside, inside))
         lost[box] += np.where(inside > 0, mean / np.maximum(share, 1e-6), 0)
     return lost
+
+
+def _along_axes(values: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
+    """Multiply (H, W, D) along every axis by its matrix."""
+    for axis, matrix in enumerate(matrices):
+        values = np.moveaxis(np.tensordot(matrix, values, (1, axis)), 0, axis)
+    return values
 
 
 def power_spectrum(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -124,10 +172,10 @@ def power_spectrum(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     Returns:
         (17, 17, 9) as of `numpy.fft.rfftn`, at least 0, in squared units of the values a voxel.
     """
-    box = tuple(slice(axis.min(), axis.max() + 1) for axis in np.nonzero(inside))
+    box = bounding_box(inside)
     mask = inside[box]
     centred = np.where(mask, values[box] - values[inside].mean(), 0.0)
-    shape = [n + 2 * _REACH for n in mask.shape]  # no lag wraps around
+    shape = [fft.next_fast_len(n + _REACH, real=True) for n in mask.shape]  # no lag up to the reach wraps around
     products, pairs = (np.fft.irfftn(np.abs(np.fft.rfftn(v, shape)) ** 2, shape) for v in (centred, mask.astype(float)))
     lags = np.ix_(*[np.arange(-_REACH, _REACH + 1)] * 3)
     taper = np.hanning(2 * _REACH + 3)[1:-1]
@@ -169,8 +217,19 @@ def local_sd(grain_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def draw_grain(kernel: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Grain of unit variance: white noise (H, W, D) through a :func:`grain_kernel`; float32."""
-    return signal.oaconvolve(white, kernel, mode="same").astype(np.float32)
+    """Grain of unit variance everywhere: white noise through a :func:`grain_kernel`.
+
+    Args:
+        kernel: (K, K, K), K odd.
+        white: (H + K - 1, W + K - 1, D + K - 1), so much larger that the grain is as strong at the border as inside.
+
+    Returns:
+        (H, W, D) float32.
+    """
+    shape = [fft.next_fast_len(n, real=True) for n in white.shape]
+    drawn = fft.irfftn(fft.rfftn(white, shape) * fft.rfftn(kernel, shape), shape)
+    inside = tuple(slice(k - 1, n) for k, n in zip(kernel.shape, white.shape, strict=True))  # nothing wraps around here
+    return drawn[inside].astype(np.float32)
 
 
 def with_grain(
@@ -191,11 +250,13 @@ def with_grain(
         (H, W, D) float32 HU.
     """
     grain = unit_grain * local_sd_hu
-    has, own = interior_noise_sd(grain, label), interior_noise_sd(structure_hu, label)
+    blocks = _interior_blocks(label)
+    of_grain, of_structure = (_details(part, blocks) for part in (grain, structure_hu))
+    has, own = _median_sd(of_grain), _median_sd(of_structure)
     if has == 0 or own >= noise_sd_hu:
         return structure_hu.astype(np.float32)
     variance = (noise_sd_hu**2 - own**2) / has**2
     for _ in range(_CORRECTIONS):  # robust variances add up only about
-        reached = interior_noise_sd(structure_hu + variance**0.5 * grain, label)
+        reached = _median_sd([of + variance**0.5 * drawn for of, drawn in zip(of_structure, of_grain, strict=True)])
         variance = max(variance + (noise_sd_hu**2 - reached**2) / has**2, 0.0)
     return (structure_hu + variance**0.5 * grain).astype(np.float32)

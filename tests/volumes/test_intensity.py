@@ -6,6 +6,7 @@ import torch
 from custom.volumes.intensity import (
     draw_grain,
     grain_kernel,
+    interior,
     interior_noise_sd,
     label_statistics,
     local_sd,
@@ -110,6 +111,27 @@ def test_interior_noise_is_measured_away_from_the_edges_of_a_label():
         core |= ndimage.binary_erosion(label == k, iterations=2)
     image = np.where(core, white(20.0), white(300.0, seed=1))
     assert interior_noise_sd(image, label) == pytest.approx(20, rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_interior_is_the_erosion_of_every_label_by_itself(dtype):
+    """Labels of any form, among them some at the border of the volume."""
+    noise = ndimage.gaussian_filter(white(1.0, (31, 28, 25)), 3)
+    label = np.digitize(noise, np.quantile(noise, [0.2, 0.5, 0.8])).astype(dtype)
+    core = interior(label)
+    assert core.dtype == dtype
+    for k in (1, 2, 3):
+        expected = ndimage.binary_erosion(label == k, iterations=2)
+        assert np.array_equal(core == k, expected)
+        assert expected.any()
+
+
+def test_interior_noise_is_that_of_the_interior_of_each_label_measured_alone():
+    """To the last bit, on a volume of odd sizes."""
+    label = chambers()
+    image = white(1.0) * np.array([500.0, 20.0, 80.0, 22.0])[label] + 100 * label
+    alone = [noise_sd(image, ndimage.binary_erosion(label == k, iterations=2)) for k in (1, 2, 3)]
+    assert interior_noise_sd(image, label) == np.median(alone)
 
 
 def test_interior_noise_of_labels_too_small_is_that_of_all_of_them():
@@ -234,34 +256,56 @@ def test_a_little_of_an_edge_inside_the_labels_hardly_changes_the_kernel():
 def test_kernel_of_nothing_leaves_noise_white(grain, label):
     kernel, noise = grain_kernel(grain, label), white(1.0)
     assert kernel.sum() == kernel[8, 8, 8] == 1
-    np.testing.assert_allclose(draw_grain(kernel, noise), noise, atol=1e-5)
+    np.testing.assert_allclose(draw_grain(kernel, noise), noise[8:-8, 8:-8, 8:-8], atol=1e-5)
 
 
 # Grain drawn anew
 
 
+def noise_for(shape, seed=0):
+    """White noise for grain of a shape, drawn through a kernel of 17 voxels."""
+    return white(1.0, [n + 16 for n in shape], seed)
+
+
 @pytest.mark.parametrize("sigma_voxels", [0.0, 0.7, 1.2])
 def test_drawn_grain_has_unit_variance_and_the_spectrum_of_its_kernel(sigma_voxels):
     kernel = gaussian_kernel(sigma_voxels).astype(np.float32)
-    drawn = draw_grain(kernel, white(1.0, LARGE, seed=3))
+    drawn = draw_grain(kernel, noise_for(LARGE, seed=3))
     assert drawn.shape == LARGE
     assert drawn.dtype == np.float32
-    assert drawn[8:-8, 8:-8, 8:-8].std() == pytest.approx(1, abs=0.05)
+    assert drawn.std() == pytest.approx(1, abs=0.05)
     again = grain_kernel(drawn, np.ones(LARGE, int))
     assert float((again * kernel).sum()) > 0.97
 
 
+@pytest.mark.parametrize("side", [0, -1])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_drawn_grain_is_as_strong_at_the_border_as_inside(axis, side):
+    """Where noise ends, a filter of 1.2 voxels has half of its energy left."""
+    volumes = [draw_grain(gaussian_kernel(1.2), noise_for(LARGE, seed)) for seed in range(4)]
+    border = np.array([np.take(volume, side, axis) for volume in volumes])
+    assert border.std() == pytest.approx(1, abs=0.05)
+    assert np.mean(volumes) == pytest.approx(0, abs=0.05)
+
+
+def test_drawn_grain_at_one_border_has_nothing_to_do_with_that_at_the_other():
+    volumes = [draw_grain(gaussian_kernel(1.2), noise_for(LARGE, seed)) for seed in range(4)]
+    first, last = (np.array([np.take(volume, side, 0) for volume in volumes]) for side in (0, -1))
+    assert abs(np.corrcoef(first.ravel(), last.ravel())[0, 1]) < 0.1
+
+
 @pytest.mark.parametrize("shape", [(5, 30, 9), (1, 1, 40), (21, 4, 18)])
-def test_drawn_grain_has_the_shape_of_the_noise_even_where_the_kernel_is_larger(shape):
-    drawn = draw_grain(gaussian_kernel(0.7), white(1.0, shape))
+def test_drawn_grain_is_that_of_the_noise_around_each_voxel_even_where_the_kernel_is_larger(shape):
+    kernel, noise = gaussian_kernel(0.7), noise_for(shape)
+    drawn = draw_grain(kernel, noise)
     assert drawn.shape == shape
-    assert np.isfinite(drawn).all()
-    assert drawn.any()
+    expected = ndimage.convolve(noise, kernel)[tuple(slice(8, 8 + n) for n in shape)]
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
 def test_a_voxel_of_noise_draws_the_kernel_around_it():
-    noise = np.zeros((31, 29, 27))
-    noise[14, 15, 12] = 1
+    noise = np.zeros((47, 45, 43))
+    noise[22, 23, 20] = 1
     kernel = np.random.default_rng(0).standard_normal((17, 17, 17))
     np.testing.assert_allclose(draw_grain(kernel, noise)[6:23, 7:24, 4:21], kernel, atol=1e-5)
 
