@@ -8,11 +8,13 @@ the same: target mask, template image and template mask. The widths make a train
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from common import ANATOMY
-from custom.volumes.grids import crop_to, pad_to_multiple
+from custom.diffusion.sampler import blended, windows_of
+from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from ddim import ListedDDIMScheduler
 from monai.networks.nets import ControlNet, DiffusionModelUNet, SPADEDiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
@@ -24,7 +26,7 @@ IMAGE_MEAN_HU, IMAGE_SD_HU = 0.0, 450.0
 """Of the voxels of training crops, so that what is diffused has about unit variance."""
 _LABELS = ANATOMY.num_labels
 _CONDITION = 2 * _LABELS + 1
-_MULTIPLE = 8  # voxels: four levels
+_MULTIPLE, _OVERLAP = 8, 0.4  # voxels of four levels; of windows, as our sampler has it
 _WIDTHS = (8, 16, 32, 64)
 _SPADE_WIDTHS, _SPADE_HIDDEN = (8, 8, 16, 32), 6  # its default of 128 would cost some 15 times as much
 
@@ -160,8 +162,10 @@ def step_flops(network: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[st
 
 
 @torch.no_grad()
-def draw(network: nn.Module, condition: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Images (B, 1, H, W, D) in HU by DDIM from noise, whole volumes at once.
+def draw(
+    network: nn.Module, condition: torch.Tensor, noise: torch.Tensor, steps: int, window: int | None = None
+) -> torch.Tensor:
+    """Images (B, 1, H, W, D) in HU by DDIM from noise.
 
     MONAI's own `DDIMScheduler` visits other times than it steps by (`benchmarks/ddim.py`), which would leave noise
     behind: the rivals are given the scheduler that does not.
@@ -170,11 +174,18 @@ def draw(network: nn.Module, condition: torch.Tensor, noise: torch.Tensor, steps
         network: in evaluation mode.
         condition: (B, 23, H, W, D) of :func:`condition_of`.
         noise: (B, 1, H, W, D).
-        steps: calls of the network.
+        steps: times at which the network is called.
+        window: voxels a side of windows, a multiple of 8, that are blended at every step; None takes whole volumes.
     """
     scheduler, size = ListedDDIMScheduler(steps), noise.shape[2:]
     x, padded = pad_to_multiple(noise, _MULTIPLE), pad_to_multiple(condition, _MULTIPLE)
+    grid = list(x.shape[2:])
+    windows = windows_of(grid, [window] * 3 if window else grid, _OVERLAP)
+
+    def velocity(x: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
+        return network(crop(x, windows[index]), timesteps, crop(padded, windows[index]))
+
     for t in scheduler.timesteps.tolist():
         timesteps = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-        x, _ = scheduler.step(network(x, timesteps, padded), t, x)
+        x, _ = scheduler.step(blended(partial(velocity, x, timesteps), windows, grid), t, x)
     return crop_to(x, size) * IMAGE_SD_HU + IMAGE_MEAN_HU

@@ -23,7 +23,8 @@ from typing import Any
 
 import fire
 import torch
-from common import ROOT, TRAIN_CONFIG
+from common import ANATOMY, PICTURES, RESULTS, ROOT, TRAIN_CONFIG, machine
+from custom.runs.files import write_json
 from custom.runs.weights import save_atomically
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
@@ -264,11 +265,11 @@ def train(
         logger.info("%s: trained already", result)
         return
     set_determinism(seed)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     pairs = Pairs(dataset_dir, work / "cases", limit)
     options = {"steps": steps, "seconds": 60 * minutes, "learning_rate": learning_rate, "device": device}
     training = Training(arm, state=work / f"{arm}_state.pt", **options)
     set_determinism(seed + sum(training.done["steps"]))
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     pool = Pool(KEPT_PAIRS, torch.device(device))
     training.run(pool, batches_of(pairs, batch_size, num_workers), batch_size, reuse)
     weights = {name: value.cpu() for name, value in training.average.model.state_dict().items()}
@@ -277,6 +278,63 @@ def train(
     logger.info("%s: written", result)
 
 
+def _training_record(path: Path) -> dict[str, Any]:
+    """What a training says of itself, without the weights."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    stages = zip(content["steps"], content["flops"], strict=True)
+    total = sum(steps * flops["step"] for steps, flops in stages)
+    return {**{k: v for k, v in content.items() if k not in ("weights", "arm")}, "total_flops": total}
+
+
+def evaluate(
+    dataset_dir: str,
+    work_dir: str = str(ROOT / "runs/rivals"),
+    ours: str | None = None,
+    shipped: str | None = None,
+    cases: int = 12,
+    reference: int = 30,
+    steps: int = 20,
+    window: int | None = None,
+    our_steps: int = 10,
+    auc: bool = True,
+    device: str = "cuda:0" if torch.cuda.is_available() else "cpu",
+    out: str = str(RESULTS / "rivals.json"),
+    picture: str = str(PICTURES / "rivals.png"),
+) -> None:
+    """Render held-out masks in templates of other subjects with all arms; print the table, write JSON and a picture.
+
+    Args:
+        dataset_dir: of the phantoms.
+        work_dir: with the weights that `train` wrote; rendered volumes are kept there.
+        ours, shipped: weights of our network; None leaves it out.
+        cases: held-out masks.
+        reference: training cases that all sets are compared with.
+        steps: of DDIM, for the rivals.
+        window: voxels a side of the rivals' windows; None lets them see whole volumes, as ours.
+        our_steps: of our sampler.
+        auc: whether to train the networks of the two-sample test as well, minutes an arm without a GPU.
+        device: where to render.
+        out: JSON file.
+        picture: PNG of the first case, all arms below one another.
+    """
+    from custom.volumes.pictures import save_sheet  # the machines of a training need neither matplotlib
+    from rival_evaluation import World, arms, compare  # nor MLflow, which `custom.evaluation` imports
+
+    work = Path(work_dir)
+    how = {"steps": steps, "window": window, "our_steps": our_steps, "device": device}
+    renders = arms(work, {"ours": ours, "shipped": shipped}, **how)
+    world = World(dataset_dir, work / "targets")
+    table, sheet = compare(world, renders, work / "rendered", cases=cases, reference=reference, auc=auc)
+    settings = {"cases": cases, "reference": reference, **how}
+    training = {name: _training_record(work / f"{name}.pt") for name in ARMS if name in renders}
+    write_json(Path(out), {"machine": machine(), **settings, "training": training, "arms": table})
+    save_sheet(picture, sheet, vessel_labels=ANATOMY.thin)
+    columns = list(table["painted"])
+    print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, row in table.items():
+        print(f"| {name} | " + " | ".join(f"{row[c]:.3g}" if c in row else "" for c in columns) + " |")
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    fire.Fire({"train": train})
+    fire.Fire({"train": train, "evaluate": evaluate})
