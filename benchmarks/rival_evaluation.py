@@ -227,6 +227,12 @@ def arms(
     return found
 
 
+def _summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over cases; of the seconds the median, as the first call of a GPU takes longer."""
+    means = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+    return means | {"seconds": float(np.median([row["seconds"] for row in rows]))}
+
+
 def compare(
     world: World, renders: Mapping[str, Render], folder: Path, *, cases: int, reference: int, auc: bool
 ) -> tuple[dict[str, dict[str, float]], list[tuple[str, np.ndarray, np.ndarray]]]:
@@ -258,8 +264,6 @@ def compare(
                         ("template, aligned, without grain", *template),
                     ]
                 sheet.append((name, image, label))
-        table[name] = realism(made, real, scale, auc=auc) | {
-            k: float(np.nanmean([row[k] for row in rows])) for k in rows[0]
-        }
+        table[name] = realism(made, real, scale, auc=auc) | _summary(rows)
         logger.info("%s: %s", name, table[name])
     return table, sheet

@@ -153,7 +153,7 @@ class Training:
         self.steps, self.seconds = steps // self.network.stages, seconds / self.network.stages
         self.learning_rate, self.state = learning_rate, state
         self.done: dict[str, Any] = {"stage": 0, "pairs": 0, "steps": [], "seconds": [], "flops": [], "losses": []}
-        kept = torch.load(state, map_location=device, weights_only=True) if state.exists() else None
+        kept = torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
         if kept is not None:
             self.done = kept["done"]
         self.earlier_pairs = self.done["pairs"]
