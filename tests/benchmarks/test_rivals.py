@@ -1,0 +1,170 @@
+"""The rivals of our renderer are what they are said to be, of one cost, and trained by a loop that can be stopped."""
+
+import math
+
+import pytest
+import rivals
+import torch
+from common import ANATOMY, TRAIN_CONFIG
+from custom.diffusion import PrepareResidualDiffusion
+from monai.bundle import ConfigParser
+from rival_networks import ARMS, condition_of, draw, scaled, step_flops
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZE = 16  # the instance norms of SPADE need more than a voxel on the fourth level
+
+
+def pairs(size: int, count: int = 2) -> dict[str, torch.Tensor]:
+    shape = (count, 1, size, size, size)
+    labels = {
+        key: torch.randint(0, ANATOMY.num_labels, shape, dtype=torch.uint8) for key in ("label", "template_label")
+    }
+    return {**labels, **{key: 300 * torch.randn(shape) for key in ("image", "template_image")}}
+
+
+def our_step_flops(size: int, count: int) -> int:
+    """Of a training step of our whole network, as train.json has it."""
+    parser = ConfigParser()
+    parser.read_config(str(TRAIN_CONFIG))
+    network, loss = (parser.get_parsed_content(name) for name in ("network_def", "loss"))
+    batch = pairs(size, count)
+    context = torch.cat([batch["label"], batch["template_image"], batch["template_label"], batch["image"]], 1)
+    prepare = PrepareResidualDiffusion(network)
+    noise, target, others, named = prepare({**batch, "prior": batch["image"], "context": context})
+    with FlopCounterMode(display=False) as counter:
+        loss(network(noise, *others, **named), target).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_training_step_costs_what_ours_costs(arm):
+    network, wanted = ARMS[arm](), our_step_flops(32, 1)
+    for stage in range(network.stages):
+        network.begin(stage)
+        assert step_flops(network, pairs(32, 1))["step"] == pytest.approx(wanted, rel=0.15)
+
+
+def test_condition_holds_both_masks_and_the_template():
+    batch = pairs(4)
+    condition, labels = condition_of(batch), ANATOMY.num_labels
+    assert condition.shape == (2, 2 * labels + 1, 4, 4, 4)
+    assert torch.equal(condition[:, :labels].argmax(1, keepdim=True), batch["label"].long())
+    assert torch.equal(condition[:, labels : 2 * labels].argmax(1, keepdim=True), batch["template_label"].long())
+    assert torch.equal(condition[:, 2 * labels :], scaled(batch["template_image"]))
+
+
+def perturbed(arm: str) -> torch.nn.Module:
+    """An arm whose layers that start at zero do not hide what it reads."""
+    torch.manual_seed(0)
+    network = ARMS[arm]().eval()
+    network.begin(network.stages - 1)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return network
+
+
+@pytest.mark.parametrize("key", ["label", "template_image", "template_label"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_reads_every_input(arm, key):
+    network, batch, other, x = perturbed(arm), pairs(SIZE), pairs(SIZE), torch.randn(2, 1, SIZE, SIZE, SIZE)
+    with torch.no_grad():
+        first, second = (
+            network(x, torch.full((2,), 500), condition_of(given)) for given in (batch, {**batch, key: other[key]})
+        )
+    assert not torch.allclose(first, second)
+
+
+def test_control_starts_as_a_copy_and_leaves_the_network_as_it_is():
+    torch.manual_seed(0)
+    network = ARMS["controlnet"]()
+    network.begin(0)
+    x, batch = torch.randn(2, 1, 8, 8, 8), pairs(8)
+    before = network(x, torch.zeros(2), condition_of(batch))
+    trained = network.begin(1)
+    torch.testing.assert_close(network(x, torch.zeros(2), condition_of(batch)), before)
+    assert {id(weight) for weight in trained} == {id(weight) for weight in network.control.parameters()}
+    unet = network.unet.state_dict()
+    assert all(torch.equal(value, unet[name]) for name, value in network.control.state_dict().items() if name in unet)
+
+
+def test_images_of_odd_size_are_drawn():
+    batch = pairs(11, 1)
+    image = draw(perturbed("concat"), condition_of(batch), torch.randn(1, 1, 11, 11, 11), 3)
+    assert image.shape == (1, 1, 11, 11, 11)
+    assert bool(image.isfinite().all())
+
+
+def test_windows_that_cover_a_volume_give_what_the_whole_gives():
+    """Of a network that looks at single voxels."""
+
+    class Voxelwise(torch.nn.Module):
+        def forward(self, x, timesteps, condition):
+            return 0.1 * x + condition[:, -1:]
+
+    condition, noise = condition_of(pairs(24, 1)), torch.randn(1, 1, 24, 24, 24)
+    whole, parts = (draw(Voxelwise(), condition, noise, 3, window) for window in (None, 16))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-2)
+
+
+def test_pool_keeps_the_newest():
+    pool = rivals.Pool(3, torch.device("cpu"))
+    for value in range(5):
+        pool.add({"image": torch.full((1, 1), float(value))})
+    assert sorted(pool.kept["image"].flatten().tolist()) == [2, 3, 4]
+    assert set(pool.draw(50)["image"].flatten().tolist()) == {2, 3, 4}
+
+
+def test_learning_rate_warms_up_and_ends_low():
+    rates = [rivals.rate_at(step, step / 2000) for step in range(2001)]
+    assert rates[0] == pytest.approx(1 / rivals.WARM_UP_STEPS, rel=1e-3)
+    assert rates[-1] == pytest.approx(rivals.END_LEARNING_RATE)
+    assert max(rates) == pytest.approx(1, abs=0.03)
+
+
+class StoppedError(Exception):
+    """Of a process that is killed."""
+
+
+def endless(stop_after: float = math.inf):
+    made = 0
+    while made < stop_after:
+        made += 1
+        yield pairs(SIZE)
+    raise StoppedError
+
+
+def training(folder, arm, steps):
+    options = {"steps": steps, "seconds": math.inf, "learning_rate": 1e-3, "device": "cpu"}
+    return rivals.Training(arm, state=folder / "state.pt", **options)
+
+
+def pool():
+    return rivals.Pool(16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_stopped_training_goes_on_where_it_saved(tmp_path, monkeypatch, arm):
+    monkeypatch.setattr(rivals, "SAVE_EVERY", 2)
+    monkeypatch.setattr(rivals, "LOG_EVERY", 2)
+    with pytest.raises(StoppedError):
+        training(tmp_path, arm, 12).run(pool(), endless(rivals.FIRST_BATCHES + 4), 2, 2)  # for 8 steps
+    second = training(tmp_path, arm, 12)
+    stages = second.network.stages
+    assert second.done["steps"] == ([8] if stages == 1 else [6, 2])
+    second.run(pool(), endless(), 2, 2)
+    assert second.done["steps"] == [12 // stages] * stages
+    assert [len(losses) for losses in second.done["losses"]] == [6 // stages] * stages
+    assert len(second.done["flops"]) == stages
+
+
+def test_time_ends_a_training_as_steps_do(tmp_path):
+    one = training(tmp_path, "concat", 10**9)
+    one.seconds = 1e-9
+    one.run(pool(), endless(), 2, 1)
+    assert one.done["steps"] == [1]
+
+
+def test_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match=r"arm: must be one of \['concat', 'controlnet', 'spade'\], got 'gan'"):
+        rivals.train("gan", "nowhere")
