@@ -180,7 +180,7 @@ RULES: dict[str, Rule] = {
     "shards": _whole(1, "1"),
     "learning_rate": _least(0, "0.001"),
     **dict.fromkeys(("thin_weight", "edge_weight"), _least(1, "10")),
-    "clip_norm": Rule("a number above 0", lambda v: _is_number(v) and v > 0, "1.0"),
+    "clip_norm": Rule("a number above 0", lambda v: is_number(v) and v > 0, "1.0"),
     "sample_strength": _share("1.0", with_0=True, with_1=True),
     "grain": _least(0, "1.0"),
     "sampling_steps": _whole(1, "10", high=999),
