@@ -78,7 +78,8 @@ class MeasureGraind(Transform):
 class AddGraind(Transform):
     """Put the template's grain on a rendered structure: its spectrum, its strength in every place, new phases.
 
-    Needs `label` and `case`, and of the template, carried to the target, what :class:`MeasureGraind` adds.
+    Needs `case`, `label`, whose last channel counts (in the truth of `PrepareRendering` the scan comes before it), and of
+    the template, carried to the target, what :class:`MeasureGraind` adds.
 
     Args:
         key: the structure (1, H, W, D) HU, which becomes the image.
@@ -107,7 +108,8 @@ class AddGraind(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Put grain on one item."""
-        structure, label, strength = (as_batch(data[k])[0, 0].cpu().numpy() for k in (self.key, "label", "grain_sd"))
+        structure, strength = (as_batch(data[k])[0, 0].cpu().numpy() for k in (self.key, "grain_sd"))
+        label = as_batch(data["label"])[0, -1].cpu().numpy()
         white = case_noise(structure.shape, self.seed, f"grain of {data['case']}").numpy()
         image = with_grain(
             structure,
