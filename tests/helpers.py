@@ -38,6 +38,7 @@ TINY_TRAINING = {
     "roi_size": [24, 24, 24],
     "roi_margin": 8,
     "samples_per_epoch": 4,
+    "batch_size": 2,
     "max_epochs": 2,
     "moments_epochs": 1,
     "val_interval": 1,
