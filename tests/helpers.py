@@ -39,6 +39,7 @@ TINY_TRAINING = {
     "roi_margin": 8,
     "samples_per_epoch": 4,
     "pair_uses": 1,
+    "batch_size": 2,
     "max_epochs": 2,
     "moments_epochs": 1,
     "val_interval": 1,

@@ -78,8 +78,8 @@ class MeasureGraind(Transform):
 class AddGraind(Transform):
     """Put the template's grain on a rendered structure: its spectrum, its strength in every place, new phases.
 
-    Needs `label`, whose last channel holds the ids, and `case`, and of the template, carried to the target, what
-    :class:`MeasureGraind` adds.
+    Needs `case`, `label`, and of the template, carried to the target, what :class:`MeasureGraind` adds. Of `label` the
+    last channel counts: in the truth of `PrepareRendering` the scan comes before it.
 
     Args:
         key: the structure (1, H, W, D) HU, which becomes the image.

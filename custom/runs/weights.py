@@ -119,19 +119,26 @@ class LoadWeights:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError("it holds no weights by name")
+        except Exception as error:  # what is no file of torch makes it raise errors of any kind
+            raise self._unfit(error) from error
+        try:
             self.model.load_state_dict(state)
         except ValueError as error:  # of a network that knows what these are
             raise ValueError(f"{self.path}: {error}") from error
-        except Exception as error:  # what is no file of torch makes it raise errors of any kind
-            raise ValueError(
-                f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
-                "use the `network_def` (preset) they were trained with"
-            ) from error
+        except Exception as error:  # names that are no text, values that are no tensors
+            raise self._unfit(error) from error
         if not is_finite(self.model):
             raise ValueError(
                 f"{self.path}: these weights are NaN or infinite, they are of a training that diverged; train anew, or "
                 "use others"
             )
+
+    def _unfit(self, error: Exception) -> ValueError:
+        """What is said of a file that no network can be filled with."""
+        return ValueError(
+            f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
+            "use the `network_def` (preset) they were trained with"
+        )
 
 
 def is_finite(model: torch.nn.Module) -> bool:

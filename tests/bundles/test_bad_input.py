@@ -115,7 +115,7 @@ def test_good_files_pass(pipelines, files, config):
     result = run(pipelines, config, files)
     result = result[0] if isinstance(result, list) else result
     assert bool(result["context"].isfinite().all())
-    assert result["context"].shape == (6, *((21, 19, 20) if config == "inference" else (16, 16, 16)))
+    assert result["context"].shape == (4, *((21, 19, 20) if config == "inference" else (16, 16, 16)))
 
 
 BAD_VOLUMES = {
@@ -187,7 +187,7 @@ def test_image_and_mask_at_different_places_are_refused_with_both_names(pipeline
 
 def test_target_mask_need_not_share_the_grid_of_the_template(pipelines, files, tmp_path):
     target = write(tmp_path / "target.nii.gz", anatomy()[1:], shift_mm=50.0)
-    assert run(pipelines, "inference", files, label=target)["context"].shape == (6, 20, 19, 20)
+    assert run(pipelines, "inference", files, label=target)["context"].shape == (4, 20, 19, 20)
 
 
 BAD_FILES = {
@@ -271,7 +271,7 @@ def test_template_that_shares_no_label_is_refused_with_both_names(pipelines, fil
 
 def test_mask_of_few_slices_is_prepared_like_any(pipelines, files, tmp_path):
     target = write(tmp_path / "target.nii.gz", anatomy()[:, :, 8:12])
-    assert run(pipelines, "inference", files, label=target)["context"].shape == (6, 21, 19, 4)
+    assert run(pipelines, "inference", files, label=target)["context"].shape == (4, 21, 19, 4)
 
 
 def test_roi_larger_than_the_volume_is_refused_with_both_sizes(files):

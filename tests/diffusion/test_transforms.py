@@ -371,6 +371,15 @@ def test_an_image_with_grain_stays_within_its_limits():
     assert result.max() == 390
 
 
+def test_the_labels_of_a_truth_come_after_its_scan():
+    """As in validation, where a scan taken for labels would be as many as it has values."""
+    item, structure = measured(scan(30.0)), structure_of()
+    truth = torch.cat([structure["pred"] + noise(1, *structure["pred"].shape[1:]), structure["label"]])
+    result, usual = put_on(item, {**structure, "label": truth}), put_on(item, structure)
+    assert torch.equal(result["pred"], usual["pred"])
+    assert not torch.equal(usual["pred"], structure["pred"])
+
+
 def test_negative_grain_is_refused():
     with pytest.raises(ValueError, match=r"grain: must be 0 \(none\) or more, 1 for that of the template, got -0.5"):
         AddGraind(factor=-0.5)

@@ -126,6 +126,26 @@ def test_pretrained_weights_are_optional_but_must_fit(tmp_path):
         LoadWeights(network, str(tmp_path / "none.pt"))()
 
 
+class OfOtherVersion(torch.nn.Linear):
+    """A network that knows whose weights it is given."""
+
+    def load_state_dict(self, state_dict, *args, **options):
+        raise ValueError("of another version; train anew")
+
+
+@pytest.mark.parametrize(
+    "content", [b"X\x01\x00\x00\x00\xff.", b"", b"garbage"], ids=["text that is none", "empty", "garbage"]
+)
+def test_a_file_that_is_no_file_of_torch_is_told_from_weights_that_the_network_refuses(tmp_path, content):
+    network, path = OfOtherVersion(2, 2), tmp_path / "model.pt"
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ValueError, match=r"model.pt: of another version; train anew$"):
+        LoadWeights(network, str(path))()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.pt: these are not weights of the configured network .*; use the"):
+        LoadWeights(network, str(path))()
+
+
 def test_the_last_weights_are_kept_but_not_those_of_a_training_that_failed(tmp_path):
     path, network = tmp_path / "models/model.pt", torch.nn.Linear(1, 1, bias=False)
 

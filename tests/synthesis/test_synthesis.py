@@ -31,7 +31,6 @@ def options(cohort, weights, folder):
         "contrast_shift_hu": 0.0,
         "label_shift_hu": 0.0,
         "report#tracking_uri": None,
-        "anatomy#9#plausible_hu": [0, 800],  # voxels of 3 mm: coronaries are one wide, and denoising dims them
         "gate#min_vessel_contrast": None,
         "gate#min_vessel_continuity": None,
     }
