@@ -4,7 +4,7 @@ from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.training import DiffusionLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
+from custom.diffusion.training import HeldOutLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
 from custom.diffusion.transforms import (
     AddGraind,
     AlignTemplated,
@@ -19,7 +19,7 @@ from custom.diffusion.transforms import (
 __all__ = [
     "AddGraind",
     "AlignTemplated",
-    "DiffusionLoss",
+    "HeldOutLoss",
     "LabelStatisticsd",
     "MeasureGraind",
     "MomentsFirst",

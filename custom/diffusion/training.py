@@ -9,7 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from custom.diffusion.context import RESIDUAL_UNIT_HU
-from custom.diffusion.loss import label_edges
+from custom.diffusion.loss import StructDiffLoss, label_edges
 from custom.diffusion.network import Prediction, StructDiffUNet
 from custom.diffusion.noise import case_noise
 from custom.volumes.grids import crop_to, on_device, pad_to_multiple
@@ -96,8 +96,8 @@ class MomentsFirst:
         self.network.moments_only = engine.state.epoch <= self.epochs
 
 
-class DiffusionLoss:
-    """What the U-Net explains of the remainder on held-out cases, as metrics of an evaluation.
+class HeldOutLoss:
+    """Minus the training loss on held-out cases, a metric of an evaluation, and what the U-Net explains there.
 
     Adds "remaining_edge_<t>" and "remaining_elsewhere_<t>" for each time: the squared velocity error over that without
     the U-Net (F = 0), where labels meet and elsewhere; 1 is a U-Net that knows nothing, NaN that no place is such.
@@ -105,36 +105,47 @@ class DiffusionLoss:
 
     Args:
         network: in evaluation mode, when the evaluator runs.
+        loss: of the training.
         device: where to run it.
         timesteps: of the schedule.
     """
 
     def __init__(
-        self, network: StructDiffUNet, *, device: Any = None, timesteps: Sequence[int] = (200, 400, 600, 800)
+        self,
+        network: StructDiffUNet,
+        *,
+        loss: StructDiffLoss,
+        device: Any = None,
+        timesteps: Sequence[int] = (200, 400, 600, 800),
     ) -> None:
-        self.network, self.device, self.timesteps = network, device, list(timesteps)
+        self.network, self.loss, self.device, self.timesteps = network, loss, device, list(timesteps)
         self._sums: dict[str, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Engine, name: str) -> None:
         """Attach to an evaluator whose batches hold `image` (structure), `prior`, `context`, `label` and `case`."""
+        self.name = name
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
 
     def reset(self, engine: Engine) -> None:
         """Forget earlier epochs."""
-        self._sums = {}
+        self._sums, self._losses = {}, []
 
     @torch.no_grad()
     def collect(self, engine: Engine) -> None:
         """Add one batch."""
         batch = engine.state.batch
         residual, context = scaled_residual(batch, self.device)  # type: ignore[arg-type]
-        edge = label_edges(pad_to_multiple(on_device(batch, "label", self.device), 2))  # type: ignore[arg-type]
+        label = on_device(batch, "label", self.device)  # type: ignore[arg-type]
+        edge = label_edges(pad_to_multiple(label, 2))
         noise = torch.stack([case_noise(residual.shape[1:], 0, case) for case in batch["case"]])  # type: ignore[index]
         for t in self.timesteps:
             times = torch.full((len(residual),), t, dtype=torch.int64, device=residual.device)
-            self._add(t, self.network(noise.to(residual), times, context, residual), edge)
+            prediction = self.network(noise.to(residual), times, context, residual)
+            self._losses.append(self.loss(prediction, {"label": label}).double())
+            self._add(t, prediction, edge)
 
     def _add(self, t: int, prediction: Prediction, edge: torch.Tensor) -> None:
         parts = (prediction.velocity, prediction.wanted)
@@ -146,6 +157,9 @@ class DiffusionLoss:
 
     def write(self, engine: Engine) -> None:
         """Add the metrics."""
+        losses = torch.stack([torch.stack(self._losses).sum(), torch.full_like(self._losses[0], len(self._losses))])
+        total, count = torch.as_tensor(idist.all_reduce(losses)).tolist()
+        engine.state.metrics[self.name] = -total / count
         for key, sums in self._sums.items():
             with_network, without = torch.as_tensor(idist.all_reduce(sums)).tolist()
             engine.state.metrics[key] = with_network / without if without else float("nan")

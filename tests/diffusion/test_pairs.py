@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from custom.diffusion.pairs import RandTemplatePaird, near_labels
+from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird, near_labels
 from custom.geometry.deformation import sample
 from custom.volumes.intensity import label_statistics
 
@@ -270,3 +270,45 @@ def test_near_labels_counts_millimetres_and_takes_odd_sizes():
 def test_a_volume_smaller_than_the_roi_is_refused_with_its_size():
     with pytest.raises(ValueError, match=r"\(24, 22, 20\) voxels .* fewer than the ROI \(8, 24, 8\); lower `roi_size`"):
         pair(make_item(), roi_size=[8, 24, 8])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Item i holds i everywhere, and what no training step reads."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        volume = torch.full((1, 2, 2, 2), float(index))
+        return {"image": volume, "prior": volume, "context": volume.repeat(4, 1, 1, 1), "label": volume, "case": "a"}
+
+
+def drawn(uses, workers=0, **options):
+    torch.manual_seed(0)
+    loader = PooledDataLoader(Numbers(), uses=uses, batch_size=4, num_workers=workers, **options)
+    return loader, list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_batch_of_pairs_is_drawn_itself_and_then_others_of_those_made_before(workers):
+    loader, batches = drawn(3, workers)
+    assert len(loader) == len(batches) == 9
+    numbers = [batch["image"][:, 0, 0, 0, 0].tolist() for batch in batches]
+    assert [numbers[0], numbers[3], numbers[6]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert all(max(part) < 4 for part in numbers[1:3])
+    assert all(max(part) < 8 for part in numbers[4:6])
+    assert len({tuple(part) for part in numbers}) > 5, "drawn at random"
+    assert all(set(batch) == {"image", "prior", "context", "label"} for batch in batches)
+    assert all((batch[key] == batch["image"]).all() for batch in batches for key in batch), "of one pair"
+
+
+def test_the_pool_keeps_the_latest_pairs():
+    numbers = [batch["label"][:, 0, 0, 0, 0].tolist() for batch in drawn(40, kept=4)[1]]
+    assert {n for part in numbers[41:80] for n in part} == {4, 5, 6, 7}
+
+
+def test_pairs_that_are_used_once_are_not_kept_and_an_epoch_follows_from_its_seed():
+    once = [batch["image"].flatten().tolist() for batch in drawn(1)[1]]
+    assert [part[0] for part in once] == [0, 4, 8]
+    first, again = ([batch["image"] for batch in drawn(3)[1]] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

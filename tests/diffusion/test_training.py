@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from custom.diffusion.context import Context
-from custom.diffusion.loss import label_edges
+from custom.diffusion.loss import StructDiffLoss, label_edges
 from custom.diffusion.network import Prediction, StructDiffUNet
 from custom.diffusion.noise import case_noise
-from custom.diffusion.training import DiffusionLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
+from custom.diffusion.training import HeldOutLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion
 from custom.volumes.grids import pad_to_multiple
 from custom.volumes.haar import haar_pack
 from ignite.engine import Engine, Events
@@ -133,15 +133,25 @@ class Known:
 def metrics_of(network, batches, **options):
     engine = Engine(lambda engine, batch: engine.fire_event(IterationEvents.FORWARD_COMPLETED))
     engine.register_events(*IterationEvents)
-    DiffusionLoss(network, device=CPU, **options).attach(engine)
+    HeldOutLoss(network, loss=StructDiffLoss(), device=CPU, **options).attach(engine, "score")
     runs = [engine.run(run).metrics.copy() for run in batches]
     return runs[-1]
+
+
+def test_the_score_is_minus_the_loss_of_the_training_over_all_times():
+    batch, network, loss = batch_of(), Known(), StructDiffLoss()
+    score = metrics_of(network, [[batch]], timesteps=[200, 700])["score"]
+    residual = (batch["image"] - batch["prior"]) / 100
+    losses = [loss(network(x, torch.tensor(t), batch["context"], residual), batch) for t, x in network.asked[:2]]
+    assert score == pytest.approx(-float(torch.stack(losses).mean()), rel=1e-5)
+    assert score < -0.1
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (7, 9, 10)])
 def test_what_remains_of_the_loss_is_told_at_edges_and_elsewhere_at_every_time(size):
     network = Known()
     metrics = metrics_of(network, [[batch_of(size), batch_of(size, cases=("c",))]], timesteps=[200, 700])
+    assert metrics.pop("score") < 0
     places = {"edge": 0.25, "elsewhere": 0.81}
     expected = {f"remaining_{place}_{t}": value for t in (200, 700) for place, value in places.items()}
     assert metrics == pytest.approx(expected, rel=1e-5)
@@ -150,6 +160,7 @@ def test_what_remains_of_the_loss_is_told_at_edges_and_elsewhere_at_every_time(s
 
 def test_a_unet_that_says_nothing_leaves_everything():
     metrics = metrics_of(make_network(), [[batch_of()]])
+    metrics.pop("score")
     assert len(metrics) == 8
     assert metrics == pytest.approx(dict.fromkeys(metrics, 1.0), rel=1e-6)
 
@@ -187,7 +198,7 @@ def test_the_measure_is_that_of_the_epoch_before_others_write_it():
     """Loggers read the metrics at the end of an epoch, after handlers that are attached earlier."""
     engine, seen = Engine(lambda engine, batch: engine.fire_event(IterationEvents.FORWARD_COMPLETED)), []
     engine.register_events(*IterationEvents)
-    DiffusionLoss(Known(), device=CPU, timesteps=[500]).attach(engine)
+    HeldOutLoss(Known(), loss=StructDiffLoss(), device=CPU, timesteps=[500]).attach(engine, "score")
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.extend(e.state.metrics))
     engine.run([batch_of()])
-    assert seen == ["remaining_edge_500", "remaining_elsewhere_500"]
+    assert seen == ["score", "remaining_edge_500", "remaining_elsewhere_500"]
