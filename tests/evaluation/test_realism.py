@@ -6,6 +6,7 @@ import torch
 from custom.evaluation import realism
 from custom.evaluation.realism import (
     BANDS,
+    _bands,
     draw_patches,
     edge_speckle,
     interior_spectrum,
@@ -201,6 +202,30 @@ def test_an_obvious_difference_is_seen():
     result = two_sample_auc(cases_of(3, seed=0), cases_of(3, seed=1, shift=1.0), steps=8, repeats=1)
     assert result["mean"] > 0.95
     assert result["sd"] < 0.05
+
+
+def test_missing_grain_is_seen_however_much_the_contrast_differs():
+    """Edges of 200 to 600 HU between cases, and grain of 30 HU that one set has and the other not."""
+    rng = np.random.default_rng(0)
+
+    def cases(noise_sd_hu):
+        half = np.repeat([0.0, 1.0], 4)[:, None, None]
+        image = [half * rng.uniform(200, 600) + rng.normal(0, noise_sd_hu, (12, 8, 8, 8)) for _ in range(4)]
+        return [torch.from_numpy(np.stack([v / 500, 0 * v + half], 1)).half() for v in image]
+
+    assert two_sample_auc(cases(0.0), cases(30.0), steps=15)["mean"] > 0.95
+
+
+def test_the_network_reads_the_mean_of_a_block_its_details_in_units_of_grain_and_the_mask():
+    """Planes of +10 and -10 HU around 250 HU along the last axis, one of eight bands: 10 sqrt(8) HU of detail."""
+    patches = torch.full((1, 2, 4, 6, 8), 0.5)
+    patches[:, 0, ..., ::2] += 10 / 500
+    patches[:, 0, ..., 1::2] -= 10 / 500
+    bands = _bands(patches.double())
+    assert bands.shape == (1, 16, 2, 3, 4)
+    expected = torch.zeros(16)
+    expected[0], expected[1], expected[8] = 0.5, np.arcsinh(8**0.5 / 2), 0.5 * 8**0.5
+    torch.testing.assert_close(bands[0], expected[:, None, None, None].expand(16, 2, 3, 4), rtol=1e-4, atol=1e-4)
 
 
 def test_a_test_is_repeated_by_its_seed_and_leaves_the_global_generator_alone():
