@@ -17,7 +17,9 @@ from custom.runs.files import content_hash
 from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
 from custom.volumes.intensity import (
     draw_grain,
+    fine_spectrum,
     grain_kernel,
+    grain_spectrum,
     interior_noise_sd,
     label_statistics,
     local_sd,
@@ -54,7 +56,7 @@ class SplitNoised(Transform):
 class MeasureGraind(Transform):
     """Measure what it takes to draw more grain like that of a scan, see `custom.volumes.intensity.with_grain`.
 
-    Reads what :class:`SplitNoised` made; adds `grain_kernel` (1, 17, 17, 17), `grain_sd` (1, H, W, D) HU, and
+    Reads what :class:`SplitNoised` made; adds `grain_spectrum` (1, 17, 17, 9), `grain_sd` (1, H, W, D) HU, and
     `noise_sd` of the scan, in HU.
 
     Args:
@@ -69,14 +71,14 @@ class MeasureGraind(Transform):
         image, grain, label = (as_batch(data[k])[0, 0].numpy() for k in (self.image_key, "grain", self.label_key))
         return {
             **data,
-            "grain_kernel": torch.from_numpy(grain_kernel(grain, label))[None],
+            "grain_spectrum": torch.from_numpy(grain_spectrum(image, grain, label))[None],
             "grain_sd": on_grid_of(torch.from_numpy(local_sd(grain, label))[None, None], data["grain"]),
             "noise_sd": interior_noise_sd(image + grain, label),
         }
 
 
 class AddGraind(Transform):
-    """Put the template's grain on a rendered structure: its spectrum, its strength in every place, new phases.
+    """Put on a rendered structure the noise it lacks of its template: by its spectrum, strength and place, new phases.
 
     Needs `case`, `label`, and of the template, carried to the target, what :class:`MeasureGraind` adds. Of `label` the
     last channel counts: in the truth of `PrepareRendering` the scan comes before it.
@@ -109,7 +111,8 @@ class AddGraind(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Put grain on one item."""
         structure, label, strength = (as_batch(data[k])[0, -1].cpu().numpy() for k in (self.key, "label", "grain_sd"))
-        kernel = as_batch(data["grain_kernel"])[0, 0].cpu().numpy()
+        spectrum = self.factor**2 * as_batch(data["grain_spectrum"])[0, 0].cpu().numpy()
+        kernel = grain_kernel((spectrum - fine_spectrum(structure, label)).clip(min=0))
         size = [n + k - 1 for n, k in zip(structure.shape, kernel.shape, strict=True)]
         white = case_noise(size, self.seed, f"grain of {data['case']}").numpy()
         image = with_grain(

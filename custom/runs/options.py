@@ -174,7 +174,9 @@ RULES: dict[str, Rule] = {
     "grid": _three("whole numbers of voxels, at least 63", lambda v: _is_whole(v) and v >= 63, '"[64,64,64]"'),
     **dict.fromkeys(("intensity_hu", "intensity_window_hu"), _WINDOW),
     **dict.fromkeys(("max_epochs", "patience", "val_cases", "count", "images_per_mask"), _whole(1, "2")),
-    **dict.fromkeys(("samples_per_epoch", "pair_uses", "batch_size", "max_pairs", "candidates", "classifier_steps"), _whole(1, "2")),
+    **dict.fromkeys(
+        ("samples_per_epoch", "pair_uses", "batch_size", "max_pairs", "candidates", "classifier_steps"), _whole(1, "2")
+    ),
     **dict.fromkeys(("roi_margin", "num_workers", "workers", "neighbours"), _whole(0, "0")),
     **dict.fromkeys(("val_interval", "warmup_epochs", "moments_epochs", "ramp_epochs", "shard"), _whole(0, "0")),
     "shards": _whole(1, "1"),

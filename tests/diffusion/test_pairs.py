@@ -77,7 +77,7 @@ def test_volumes_have_the_size_of_the_roi_and_the_scan_is_there_when_its_grain_w
 
 
 def test_what_else_is_known_of_a_case_is_handed_on():
-    known = {"grain_kernel": noise(1, 17, 17, 17), "grain_sd": noise(1, *SIZE), "noise_sd": 31.0}
+    known = {"grain_spectrum": noise(1, 17, 17, 9), "grain_sd": noise(1, *SIZE), "noise_sd": 31.0}
     result = pair({**make_item(), **known})
     assert all(result[key] is value for key, value in known.items())
 

@@ -238,7 +238,7 @@ def noise_of(item, key="pred"):
 
 def put_on(item, structure=None, **options):
     """Grain of a measured scan on a structure."""
-    of_template = {key: item[key] for key in ("grain_kernel", "grain_sd", "noise_sd")}
+    of_template = {key: item[key] for key in ("grain_spectrum", "grain_sd", "noise_sd")}
     return AddGraind(**options)({**(structure_of() if structure is None else structure), **of_template})
 
 
@@ -261,7 +261,7 @@ def test_a_template_is_split_and_measured_by_its_own_keys():
     named = {"template_image": item["image"], "template_label": item["label"], "label": target()}
     result, usual = MeasureGraind(**keys)(SplitNoised(**keys)(named)), measured(item)
     assert torch.equal(result["template_image"], usual["image"])
-    for key in ("grain", "grain_kernel", "grain_sd"):
+    for key in ("grain", "grain_spectrum", "grain_sd"):
         assert torch.equal(result[key], usual[key]), key
     assert result["noise_sd"] == usual["noise_sd"]
     assert torch.equal(result["label"], named["label"])
@@ -280,8 +280,8 @@ def test_an_image_without_grain_is_all_structure_and_gives_none():
 def test_what_is_measured_of_grain_has_its_shapes_and_the_noise_is_that_of_the_scan():
     item = scan(30.0)
     result = measured(item)
-    assert result["grain_kernel"].shape == (1, 17, 17, 17)
-    assert float(result["grain_kernel"].norm()) == pytest.approx(1, abs=1e-5)
+    assert result["grain_spectrum"].shape == (1, 17, 17, 9)
+    assert float(result["grain_spectrum"].mean()) == pytest.approx(30**2, rel=0.15)  # of white noise it is the variance
     assert result["grain_sd"].shape == item["image"].shape
     assert torch.equal(result["grain_sd"].affine, AFFINE)
     assert result["noise_sd"] == pytest.approx(noise_of(item, "image"), rel=1e-5)
@@ -309,12 +309,13 @@ def lag_one(values):
     ]
 
 
-def test_drawn_grain_is_as_coarse_as_that_of_the_template_and_another():
-    item = measured(scan(30.0, blur=0.7))
+def test_drawn_grain_is_as_coarse_as_the_noise_of_the_scan_and_another():
+    """What denoising takes of that noise is finer: 0.35 at one voxel, where the noise has 0.6."""
+    noisy, clean = scan(30.0, blur=0.7), scan(0.0)
+    item, own = measured(noisy), (noisy["image"] - clean["image"])[0].numpy()
     drawn = (put_on(item)["pred"] - structure_of()["pred"])[0].numpy()
-    own = item["grain"][0].numpy()
     np.testing.assert_allclose(lag_one(drawn), lag_one(own), atol=0.1)
-    assert min(lag_one(drawn)) > 0.25
+    assert max(lag_one(item["grain"][0].numpy())) < 0.4
     assert abs(np.corrcoef(drawn.ravel(), own.ravel())[0, 1]) < 0.05
 
 

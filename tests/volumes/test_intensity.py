@@ -5,7 +5,9 @@ import pytest
 import torch
 from custom.volumes.intensity import (
     draw_grain,
+    fine_spectrum,
     grain_kernel,
+    grain_spectrum,
     interior,
     interior_noise_sd,
     label_statistics,
@@ -221,22 +223,27 @@ def test_spectrum_does_not_see_the_mean_of_the_region_nor_what_lies_outside():
     np.testing.assert_allclose(power_spectrum(spoilt, inside), power_spectrum(values, inside), rtol=1e-3, atol=0.5)
 
 
+def kernel_of(grain, label):
+    """Of a scan without structure."""
+    return grain_kernel(grain_spectrum(np.zeros_like(grain), grain, label))
+
+
 @pytest.mark.parametrize("region", ["box", "shell", "columns"])
 @pytest.mark.parametrize("sigma_voxels", [0.0, 0.6, 0.9])
 def test_kernel_is_the_filter_that_made_the_noise_whatever_the_region(sigma_voxels, region):
-    kernel = grain_kernel(25 * coloured(sigma_voxels), regions()[region].astype(int))
+    kernel = kernel_of(25 * coloured(sigma_voxels), regions()[region].astype(int))
     assert kernel.shape == (17, 17, 17)
     assert kernel.dtype == np.float32
     assert np.linalg.norm(kernel) == pytest.approx(1, abs=1e-5)
     expected = gaussian_kernel(sigma_voxels)
-    assert np.abs(kernel - expected).max() < 0.04 * expected.max() + 0.02
-    assert float((kernel * expected).sum()) > 0.97  # of unit norm both: 1 is the same
+    assert np.abs(kernel - expected).max() < 0.065  # what is coarse is taken off
+    assert float((kernel * expected).sum()) > 0.92  # of unit norm both: 1 is the same
 
 
 def test_kernel_does_not_carry_edges_outside_the_labels():
     grain, label = (25 * coloured(0.6)).astype(np.float32), box(LARGE, 6)
     spoilt = np.where(label > 0, grain, 1000.0 * (np.indices(LARGE).sum(0) // 6 % 2)).astype(np.float32)
-    assert np.array_equal(grain_kernel(spoilt, label), grain_kernel(grain, label))
+    assert np.array_equal(kernel_of(spoilt, label), kernel_of(grain, label))
 
 
 def test_a_little_of_an_edge_inside_the_labels_hardly_changes_the_kernel():
@@ -245,7 +252,7 @@ def test_a_little_of_an_edge_inside_the_labels_hardly_changes_the_kernel():
     spoilt = grain.copy()
     spoilt[28, 15:40, 15:40] += 500.0
     assert np.square(spoilt[label > 0]).mean() > 3 * np.square(grain[label > 0]).mean()
-    assert float((grain_kernel(spoilt, label) * grain_kernel(grain, label)).sum()) > 0.93  # 0.72 unclipped
+    assert float((kernel_of(spoilt, label) * kernel_of(grain, label)).sum()) > 0.85  # 0.63 unclipped
 
 
 @pytest.mark.parametrize(
@@ -254,9 +261,29 @@ def test_a_little_of_an_edge_inside_the_labels_hardly_changes_the_kernel():
     ids=["no grain", "no labels"],
 )
 def test_kernel_of_nothing_leaves_noise_white(grain, label):
-    kernel, noise = grain_kernel(grain, label), white(1.0)
+    kernel, noise = kernel_of(grain, label), white(1.0)
     assert kernel.sum() == kernel[8, 8, 8] == 1
     np.testing.assert_allclose(draw_grain(kernel, noise), noise[8:-8, 8:-8, 8:-8], atol=1e-5)
+
+
+def test_noise_is_told_from_coarse_texture_and_from_labels_that_have_more():
+    """A bias field of 200 HU and a third label of five times the noise do not change the spectrum of the other two."""
+    noise, label = 20 * coloured(0.7), np.zeros(LARGE, int)
+    for k, part in enumerate((slice(2, 18), slice(18, 34), slice(34, 54)), start=1):
+        label[part, 2:-2, 2:-2] = k
+    field = 200 * np.sin(np.arange(LARGE[2]) / LARGE[2] * np.pi)
+    plain = fine_spectrum(noise, label)
+    spoilt = fine_spectrum(noise * np.where(label == 3, 5, 1) + field, label)
+    np.testing.assert_allclose(spoilt.mean(), plain.mean(), rtol=0.3)  # the median of three is now the larger of two
+    assert float((grain_kernel(spoilt) * grain_kernel(plain)).sum()) > 0.98
+
+
+def test_labels_that_are_too_small_have_no_fine_spectrum_and_the_grain_has_to_do():
+    label = np.zeros(LARGE, int)
+    label[10:14, 10:14, 10:40] = 1
+    grain = 20 * coloured(0.7)
+    assert not fine_spectrum(grain, label).any()
+    assert grain_spectrum(np.zeros_like(grain), grain, label).any()
 
 
 # Grain drawn anew
@@ -274,7 +301,7 @@ def test_drawn_grain_has_unit_variance_and_the_spectrum_of_its_kernel(sigma_voxe
     assert drawn.shape == LARGE
     assert drawn.dtype == np.float32
     assert drawn.std() == pytest.approx(1, abs=0.05)
-    again = grain_kernel(drawn, np.ones(LARGE, int))
+    again = kernel_of(drawn, np.ones(LARGE, int))
     assert float((again * kernel).sum()) > 0.97
 
 
