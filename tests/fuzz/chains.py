@@ -126,7 +126,7 @@ RUNS = {
     ),
     "measuring": Run(
         *(BUNDLE, ("inference.json", "synthesize.json", "measure_set.json"), "measuring"),
-        {**SET, "output_dir": "~/set"},
+        {**SET, "output_dir": "~/set", "classifier_steps": 1},
         images=("set/{image}", f"data/images/{FIRST}", f"data/images/{SECOND}"),
         labels=("set/{label}", f"data/labels/{FIRST}", f"data/labels/{THIRD}"),
         lists={"data/datalist.json": "validation"},
