@@ -114,7 +114,7 @@ OWN_CHANGES = {
         "clip_norm": (5.0, "clip_norm 1.0, now 5.0"),
         "warmup_epochs": (0, "warmup_epochs 2, now 0"),
         "moments_epochs": (0, "moments_epochs 1, now 0"),
-        "sample_strength": (0.0, "sample_strength 1.0, now 0.0"),
+        "sample_strength": (1.0, "sample_strength 0.0, now 1.0"),
         "grain": (0.0, "grain 1.0, now 0.0"),
         "anatomy#9#nominal_hu": (300, "anatomy#9#nominal_hu 330, now 300"),
     },
