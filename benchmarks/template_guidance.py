@@ -95,6 +95,7 @@ def build(dataset_dir: str, work_dir: Path, steps: int, seed: int, overrides: di
         "seed": seed,
         "spacing_mm": [2.0, 2.0, 2.0],
         "samples_per_epoch": 100,
+        "pair_uses": 1,
         "max_epochs": steps // 25,
     }
     parser.update({**small, **overrides})
