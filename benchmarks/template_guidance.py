@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,8 +206,9 @@ def main(
     steps: int = 250,
     seeds: int = 3,
     cases: int = 4,
+    arms: Sequence[str] = tuple(ARMS),
 ) -> None:
-    """Train and evaluate all arms, as full samples and as predicted means, both with the template's grain.
+    """Train and evaluate arms of ARMS, as full samples and as predicted means, both with the template's grain.
 
     Prints the table and writes benchmarks/results/template_guidance.json.
     """
@@ -219,7 +220,7 @@ def main(
         "painted prior + grain, no network": [painted(pairs)],
     }
     for seed in range(seeds):
-        for name, arm in ARMS.items():
+        for name, arm in ((name, ARMS[name]) for name in arms):
             cached = work / f"{name.replace(' ', '_')}_{seed}.json"
             if not cached.exists():
                 start = time.perf_counter()
