@@ -1,7 +1,10 @@
 """A real anatomy in the appearance of a real CTA: how near is the rendering to its template?
 
     bash ci/real_input.sh ../shared/data runs/real_input
-    D=runs/real_input; python benchmarks/real_input.py --data_dir ../shared/data --ckpt_dir $D/models --work_dir $D
+
+or, of any weights,
+
+    python benchmarks/real_input.py --data_dir ../shared/data --ckpt_dir MODELS --work_dir runs/real_input
 
 Targets: the Visible Human heart, if it is there, and the CTA's own mask deformed. There is no true image of either, so
 everything is measured against the template: label means, vessel contrast, grain, and the step across the outline of its

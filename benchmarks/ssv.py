@@ -1,7 +1,6 @@
 """Does a rendering know where it is wrong? Held-out phantoms, whose noise-free truth is known.
 
-    bash ci/real_input.sh ../shared/data runs/real_input
-    python benchmarks/ssv.py --ckpt_dir runs/real_input/models
+    python benchmarks/ssv.py --ckpt_dir bundles/structdiff_cardiac/models
 
 Every score is judged by the error of one and the same structure, a full sample of 12 calls: its absolute difference
 from the noise-free truth, in HU, in the heart (labels and 6 mm around them). Rivals have the same 30 network calls,

@@ -1,7 +1,6 @@
 """Does a rendering follow its template in intensity and its mask in anatomy? Held-out phantoms, trained weights.
 
-    bash ci/real_input.sh ../shared/data runs/real_input
-    python benchmarks/template_following.py --ckpt_dir runs/real_input/models
+    python benchmarks/template_following.py --ckpt_dir bundles/structdiff_cardiac/models
 
 Intensity: one mask with many templates; correlation, over the templates, of label means in rendering and template.
 Anatomy: one template and one noise with several masks; how well contrast-filled blood, found by a threshold, overlaps
