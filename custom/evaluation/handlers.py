@@ -46,24 +46,34 @@ class MetricColumns(IgniteMetricHandler):
 
 
 class Previews:
-    """Write a PNG of the first cases of an evaluation: truth, where there is one, and rendering.
+    """Write a PNG of the first cases of an evaluation, as they are saved: truth, where there is one, and rendering.
 
     Args:
         directory: of the pictures.
+        key: of the rendering in the engine's output, on the grid of its label.
         vessel_labels: ids of the vessel projection.
         cases: at most so many batches are drawn.
         by_case: one picture `<case>.png` for each case instead of one `epoch_<n>.png` for all.
     """
 
-    def __init__(self, directory: str, *, vessel_labels: Sequence[int], cases: int = 1, by_case: bool = False) -> None:
-        self.directory, self.vessel_labels = Path(directory), vessel_labels
+    def __init__(
+        self,
+        directory: str,
+        *,
+        vessel_labels: Sequence[int],
+        key: str = Keys.PRED,
+        cases: int = 1,
+        by_case: bool = False,
+    ) -> None:
+        self.directory, self.vessel_labels, self.key = Path(directory), vessel_labels, key
         self.cases, self.by_case = cases, by_case
         self._rows: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._drawn = 0
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.collect)
+        # After the engine's own postprocessing, which it attaches first.
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def collect(self, engine: Engine) -> None:
@@ -71,9 +81,8 @@ class Previews:
         if self._drawn >= self.cases or idist.get_rank() != 0:
             return
         self._drawn += 1
-        truth = engine.state.output[Keys.LABEL][0].cpu().numpy()  # type: ignore[index]
-        rendered = engine.state.output[Keys.PRED][0, 0].cpu().numpy()  # type: ignore[index]
-        case = engine.state.batch["case"][0]  # type: ignore[index]
+        output, case = engine.state.output[0], engine.state.batch[0]["case"]  # type: ignore[index]
+        truth, rendered = output[Keys.LABEL].cpu().numpy(), output[self.key][0].cpu().numpy()
         if len(truth) == 2:
             self._rows.append((f"{case}: true", truth[0], truth[1]))
         self._rows.append((f"{case}: rendered", rendered, truth[-1]))
