@@ -10,9 +10,11 @@ from monai.transforms import Compose, CopyItemsd, Lambdad, Zoomd
 
 def drawn(tmp_path, monkeypatch, postprocessing, label, **options):
     sheets = {}
-    monkeypatch.setattr(
-        "custom.evaluation.handlers.save_sheet", lambda path, rows, vessel_labels: sheets.update({path.name: list(rows)})
-    )
+
+    def keep(path, rows, vessel_labels):
+        sheets[path.name] = list(rows)
+
+    monkeypatch.setattr("custom.evaluation.handlers.save_sheet", keep)
     cases = [{"image": torch.full((1, 4, 4, 4), float(i)), "label": label, "case": f"c{i}"} for i in range(3)]
     SupervisedEvaluator(
         device=torch.device("cpu"),
