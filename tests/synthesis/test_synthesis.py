@@ -113,7 +113,7 @@ def assert_complete(out, masks, method, table):
     assert len(listed["training"]) == 2
     assert listed["rejected"] == []
     made_with = listed["provenance"]
-    assert (made_with["grain"], made_with["sample_strength"]) == (1.0, 1.0)
+    assert (made_with["grain"], made_with["sample_strength"]) == (1.0, 0.0)
     for item, index in zip(listed["training"], (2, 3), strict=True):
         assert "from_subject_001" in item["image"]
         assert item["mapped_label"] is True
@@ -228,8 +228,8 @@ def test_tables_that_are_missing_or_of_other_weights_are_refused(workflow, setti
         run(workflow, *CONFIGS, **settings, output_dir=str(tmp_path / "out"), method="skip_sampling")
     with fails_with("was made with calls [2], not [3]"):
         run(workflow, *CONFIGS, **{**settings, "sampling_steps": 3}, output_dir=str(tmp_path / "out"))
-    with fails_with("was made with sample_strength 1.0, not 0.0"):
-        run(workflow, *CONFIGS, **{**settings, "sample_strength": 0.0}, output_dir=str(tmp_path / "out"))
+    with fails_with("was made with sample_strength 0.0, not 1.0"):
+        run(workflow, *CONFIGS, **{**settings, "sample_strength": 1.0}, output_dir=str(tmp_path / "out"))
     with fails_with("was made with spacing_mm [3.0, 3.0, 3.0], not [4.0, 4.0, 4.0]"):
         run(workflow, *CONFIGS, **{**settings, "spacing_mm": [4.0] * 3}, output_dir=str(tmp_path / "out"))
     shutil.copytree(weights, tmp_path / "other")
