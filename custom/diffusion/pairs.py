@@ -195,7 +195,7 @@ class PooledDataLoader(DataLoader):
         """Batches of an epoch."""
         return self.uses * super().__len__()
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]
         """Batches of an epoch; what is drawn follows torch's global generator."""
         pool: dict[str, torch.Tensor] = {}
         made, held = 0, min(self.kept, super().__len__() * (self.batch_size or 1))
