@@ -276,8 +276,9 @@ def main(
         arrays.append(torch.load(file.with_suffix(".pt"), weights_only=True))
         logger.info("case %d: %s", case, results[-1]["methods"]["predicted variance (default)"])
 
-    def over_cases(values: list[float]) -> dict[str, float]:
-        return {"mean": float(np.nanmean(values)), "sd": float(np.nanstd(values))}
+    def over_cases(values: list[float | None]) -> dict[str, float]:
+        known = np.array(values, dtype=float)  # NaN is None in a file
+        return {"mean": float(np.nanmean(known)), "sd": float(np.nanstd(known))}
 
     columns = list(results[0]["methods"]["random"])
     summary: dict[str, Any] = {
