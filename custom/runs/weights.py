@@ -207,6 +207,11 @@ class ClipGradients:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
+def _on_cpu(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that a machine without the device of their training can load as they are."""
+    return {name: value.cpu() for name, value in model.state_dict().items()}
+
+
 class KeepBest:
     """Write the weights of the best validation epoch, atomically, under one name. Its score is part of the run's state.
 
@@ -236,7 +241,7 @@ class KeepBest:
         if not score > self.best or idist.get_rank() != 0:
             return
         self.best = score
-        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
+        save_atomically(_on_cpu(self.model), self.path, option="ckpt_dir")
         logger.info("new best %s %.4f: %s", engine.state.key_metric_name, score, self.path)  # type: ignore[attr-defined]
 
 
@@ -262,5 +267,5 @@ class KeepLast:
         """Write the weights."""
         if idist.get_rank() != 0 or (self.keep_best is not None and self.keep_best.best > -float("inf")):
             return
-        save_atomically(self.model.state_dict(), self.path, option="ckpt_dir")
+        save_atomically(_on_cpu(self.model), self.path, option="ckpt_dir")
         logger.info("no validation gave a score: the last weights are kept: %s", self.path)

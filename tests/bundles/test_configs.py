@@ -5,6 +5,7 @@ import re
 
 import package
 import pytest
+import torch
 from helpers import BUNDLE, SEG_BUNDLE
 from monai.bundle import ConfigParser
 
@@ -98,3 +99,9 @@ def test_no_list_of_labels_stands_beside_the_table(path):
     gone = {"label_names", "nominal_hu", "thin_labels", "alignment_labels", "structures", "class_weights"}
     gone |= {"hu_ranges", "vessel_origins", "plausible_hu"}
     assert not gone & set(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("bundle", [BUNDLE, SEG_BUNDLE], ids=lambda bundle: bundle.name)
+def test_shipped_weights_load_on_any_machine(bundle):
+    state = torch.load(bundle / "models/model.pt", weights_only=True)
+    assert {value.device.type for value in state.values()} == {"cpu"}

@@ -65,6 +65,25 @@ class Validation:
             self.engine.run([0], max_epochs=1)
 
 
+class OnAGpu(torch.nn.Linear):
+    """Its weight can only be brought to the CPU, as a file has to hold it."""
+
+    def state_dict(self, *args, **options):
+        class Weight:
+            def cpu(self):
+                return torch.tensor(7.0)
+
+        return {"weight": Weight()}
+
+
+@pytest.mark.parametrize("keep", [KeepBest, KeepLast])
+def test_weights_of_a_gpu_are_kept_for_machines_without_one(tmp_path, keep):
+    engine = Engine(lambda engine, batch: None)
+    engine.state.key_metric_name, engine.state.metrics = "score", {"score": 1.0}
+    keep(OnAGpu(1, 1), str(tmp_path / "model.pt"))(engine)
+    assert weight_in(tmp_path / "model.pt") == 7
+
+
 def weight_in(path):
     return float(torch.load(path, weights_only=True)["weight"])
 
