@@ -12,7 +12,8 @@ from typing import Any
 import monai
 import numpy as np
 import torch
-from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, MeasureGraind, SplitNoised
+from custom.diffusion.grain import MeasureGraind, SplitNoised
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd
 from custom.runs.weights import LoadWeights
 from custom.volumes.anatomy import Anatomy
 from monai.bundle import ConfigParser

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import ANATOMY, TRAIN_CONFIG, template_chain
+from custom.diffusion.grain import AddGraind
 from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.transforms import AddGraind, PaintPriord
+from custom.diffusion.transforms import PaintPriord
 from custom.evaluation.distances import kernel_distance, radiomic_features, standardised
 from custom.evaluation.realism import (
     BANDS,

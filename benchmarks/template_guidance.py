@@ -25,9 +25,10 @@ from common import ANATOMY, RESULTS, ROOT, TRAIN_CONFIG, machine, template_chain
 from custom.diffusion import network as network_module
 from custom.diffusion import sampler, training
 from custom.diffusion.context import RESIDUAL_UNIT_HU
+from custom.diffusion.grain import AddGraind
 from custom.diffusion.pairs import RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.transforms import AddGraind, PaintPriord
+from custom.diffusion.transforms import PaintPriord
 from custom.evaluation.rendering import MEASURES, Rendering, texture_correlation
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json

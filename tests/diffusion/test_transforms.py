@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 import torch
 from custom.diffusion.context import MODES, Context
+from custom.diffusion.grain import AddGraind, MeasureGraind, SplitNoised
 from custom.diffusion.noise import case_noise
-from custom.diffusion.transforms import (
-    AddGraind,
-    AlignTemplated,
-    LabelStatisticsd,
-    MeasureGraind,
-    PaintPriord,
-    RandPaintPriord,
-    SplitNoised,
-    VaryContrastd,
-)
+from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord, RandPaintPriord, VaryContrastd
 from custom.volumes.grids import as_batch
 from custom.volumes.intensity import interior_noise_sd, label_statistics
 from monai.data import MetaTensor
