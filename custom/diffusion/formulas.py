@@ -6,7 +6,10 @@ v = a eps - s z (Salimans & Ho 2022, eq. in appendix D); psi = atan2(s, a): pi/2
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from tqdm import tqdm
 
 
 def amplitudes(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,3 +40,30 @@ def angle_step(
         f_before, step_before = previous
         f = f + step / step_before / 2 * (f - f_before)
     return y + step * f
+
+
+def probability_flow(
+    y: torch.Tensor,
+    flow: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    alphas_cumprod: torch.Tensor,
+    times: Sequence[int],
+    *,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Follow the deterministic probability flow in the angle from noise to a clean sample.
+
+    Args:
+        y: (B, ...) standard normal noise.
+        flow: F(y, times (B,) int64) -> velocity, shaped as y.
+        alphas_cumprod: (T,) of the training schedule.
+        times: descending, of the calls; after the last one the sample is clean.
+        progress: show a progress bar.
+    """
+    alphas = torch.cat([alphas_cumprod, alphas_cumprod.new_ones(1)])  # index -1 is the clean sample
+    previous = None
+    steps = list(zip(times, [*times[1:], -1], strict=True))
+    for t, following in tqdm(steps, desc="rendering", disable=not progress, leave=False):
+        now, then = (alphas[time].clamp(0, 1).sqrt().arccos() for time in (t, following))
+        f = flow(y, torch.full((len(y),), t, dtype=torch.long, device=y.device))
+        y, previous = angle_step(y, f, then - now, previous), (f, then - now)
+    return y

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from custom.diffusion.noise import HU_RANGE, case_noise
-from custom.volumes.grids import as_batch, on_grid_of
+from custom.volumes.grids import as_batch, on_grid_of, spacing_of
 from custom.volumes.intensity import (
+    GRAIN_REACH,
     draw_grain,
     fine_spectrum,
     grain_kernel,
@@ -61,6 +63,34 @@ class MeasureGraind(Transform):
             "grain_spectrum": torch.from_numpy(grain_spectrum(image, grain, label))[None],
             "grain_sd": on_grid_of(torch.from_numpy(local_sd(grain, label))[None, None], data["grain"]),
             "noise_sd": interior_noise_sd(image + grain, label),
+        }
+
+
+class NominalAppearanced(Transform):
+    """Add what a template would tell of a scan's appearance, in nominal values: `statistics` and what makes its grain.
+
+    Args:
+        nominal_hu: mean of every label, background first.
+        noise_sd_hu: of the grain, whose spectrum is that of a Gaussian. Ours: the middle of what scanners have.
+        blur_mm: standard deviation of that Gaussian; ours, of a point spread as of phantoms.
+    """
+
+    def __init__(self, *, nominal_hu: Sequence[float], noise_sd_hu: float = 25.0, blur_mm: float = 0.7) -> None:
+        self.nominal_hu, self.noise_sd_hu, self.blur_mm = list(nominal_hu), noise_sd_hu, blur_mm
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Complete one item, which holds `label`."""
+        means = torch.tensor(self.nominal_hu)
+        size = 2 * GRAIN_REACH + 1
+        lines = [np.fft.fftfreq(size), np.fft.fftfreq(size), np.fft.rfftfreq(size)]
+        edges = spacing_of(data["label"])
+        squares = np.meshgrid(*[(f * self.blur_mm / e) ** 2 for f, e in zip(lines, edges, strict=True)], indexing="ij")
+        return {
+            **data,
+            "statistics": torch.stack([means, torch.full_like(means, self.noise_sd_hu)], 1),
+            "grain_spectrum": torch.from_numpy(np.exp(-4 * np.pi**2 * sum(squares)))[None],
+            "grain_sd": on_grid_of(torch.ones_like(as_batch(data["label"])), data["label"]),
+            "noise_sd": self.noise_sd_hu,
         }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from custom.diffusion.transforms import shift_labels
 from custom.geometry.deformation import identity_coordinates, random_velocity, sample, sample_labels
-from custom.volumes.grids import as_batch, crop, crop_to, on_device, pad_to_multiple, sample_cubic
+from custom.volumes.grids import as_batch, crop, crop_to, on_device, on_grid_of, pad_to_multiple, sample_cubic, spacing_of
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
 from monai.data import DataLoader
@@ -44,11 +44,11 @@ class RandTemplatePaird(Randomizable, Transform):
     Images are read by cubic splines, which keep thin vessels where linear interpolation would blur them.
 
     Reads `image` (structure), `label` and `statistics`; writes `image`, `label`, `template_image`, `template_label` and
-    `statistics` (of the template). With `grain`, `scan` is the target with its own grain, to measure against. The
+    `statistics` (of the template), and `surroundings`, where there are some, of the target. With `grain`, `scan` is the
+    target with its own grain, to measure against. The
     fields are small against their length, so they do not fold and need no exponential.
 
     Args:
-        spacing_mm: spacing of the volumes.
         roi_size: size of the pair, cut from the centre of what comes in (which should be larger by the deformation);
             None keeps the whole volume.
         target_amplitude_mm: RMS displacement of the target's own deformation.
@@ -68,7 +68,6 @@ class RandTemplatePaird(Randomizable, Transform):
     def __init__(
         self,
         *,
-        spacing_mm: Sequence[float],
         roi_size: Sequence[int] | None = None,
         target_amplitude_mm: float = 5.0,
         template_amplitude_mm: Sequence[float] = (0.0, 5.0),
@@ -80,7 +79,7 @@ class RandTemplatePaird(Randomizable, Transform):
         contrast_above_hu: float = 200.0,
         blur_voxels: Sequence[float] = (0.0, 0.3),
     ) -> None:
-        self.spacing_mm, self.sigma_mm = list(spacing_mm), sigma_mm
+        self.sigma_mm = sigma_mm
         self.roi_size = None if roi_size is None else list(roi_size)
         self.target_amplitude_mm, self.template_amplitude_mm = target_amplitude_mm, template_amplitude_mm
         self.reach_mm, self.undeformed_prob = reach_mm, undeformed_prob
@@ -109,7 +108,7 @@ class RandTemplatePaird(Randomizable, Transform):
         label = as_batch(item["label"])
         shifts, shift = self._shifts(label, item["statistics"])
         structure = self._blurred(as_batch(item["image"]) + shifts)
-        target_at, template_at = self._coordinates(label)
+        target_at, template_at = self._coordinates(label, spacing_of(item["label"]))
         roi = self.roi_size or size
         centre = [slice((n - r) // 2, (n - r) // 2 + r) for n, r in zip(size, roi, strict=True)]
         where = crop(template_at, centre)
@@ -121,13 +120,15 @@ class RandTemplatePaird(Randomizable, Transform):
         scan: dict[Hashable, Any] = (
             {"scan": target(structure + as_batch(item.pop("grain")))[0]} if "grain" in item else {}
         )
+        if "surroundings" in item:
+            scan["surroundings"] = target(as_batch(item["surroundings"]))[0]
         statistics = label_statistics(structure, label, len(shift))
         fallback = item["statistics"] + shift[:, None] * torch.eye(2)[0]
         return {
             **item,
             **scan,
             "image": target(structure)[0],
-            "label": target_label[0],
+            "label": on_grid_of(target_label, item["label"]),
             "template_image": sample_cubic(structure, where)[0],
             "template_label": sample(label, where, mode="nearest")[0],
             "statistics": torch.where(statistics.isfinite(), statistics, fallback),
@@ -143,18 +144,18 @@ class RandTemplatePaird(Randomizable, Transform):
     def _blurred(self, structure: torch.Tensor) -> torch.Tensor:
         return GaussianFilter(3, self._blur)(structure) if self._blur > 0.05 else structure
 
-    def _coordinates(self, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _coordinates(self, label: torch.Tensor, spacing_mm: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where target and template read the subject, each (1, 3, H, W, D) in voxels."""
         size = label.shape[2:]
         generator = torch.Generator().manual_seed(self._seed)
 
         def displacement(amplitude_mm: float) -> torch.Tensor:
             return random_velocity(
-                size, spacing_mm=self.spacing_mm, sigma_mm=self.sigma_mm, amplitude_mm=amplitude_mm, generator=generator
+                size, spacing_mm=spacing_mm, sigma_mm=self.sigma_mm, amplitude_mm=amplitude_mm, generator=generator
             )
 
         target = identity_coordinates(size)
-        near = near_labels(label, self.reach_mm, self.spacing_mm)
+        near = near_labels(label, self.reach_mm, spacing_mm)
         if self._deformed:
             target = target + displacement(self.target_amplitude_mm)
             near = sample(near, target)

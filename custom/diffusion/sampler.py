@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
-from custom.diffusion.formulas import angle_step
+from custom.diffusion.formulas import probability_flow
 from custom.diffusion.network import Condition, StructDiffUNet, near_labels
 from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.schedule import listed_timesteps
@@ -16,7 +16,6 @@ from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
-from tqdm import tqdm
 
 
 def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
@@ -73,7 +72,7 @@ def blended(
 class StructDiffInferer(Inferer):
     """Render HU volumes from contexts; large volumes by windows blended at every step, so without seams.
 
-    The times are explicit; between them the deterministic probability flow is followed to second order (`angle_step`).
+    The times are explicit; between them the deterministic probability flow is followed to second order (`probability_flow`).
 
     Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded
     conditions.
@@ -199,16 +198,10 @@ class StructDiffInferer(Inferer):
         """Standardised remainder (B, 8, h, w, d) of packed noise: the probability flow in the angle, noise to image."""
         packed, grid, condition, *_ = encoded
 
-        def flow(bands: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
-            return network.flow(crop(bands, packed[index]), timesteps, condition(index).features)
+        def window_flow(y: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
+            return network.flow(crop(y, packed[index]), timesteps, condition(index).features)
 
-        y, previous = noise, None
-        alphas = torch.cat([network.alphas_cumprod, network.alphas_cumprod.new_ones(1)])  # index -1 is the clean image
-        for t, following in tqdm(
-            list(zip(times, [*times[1:], -1], strict=True)), desc="rendering", disable=not self.progress, leave=False
-        ):
-            timesteps = torch.full((len(noise),), t, dtype=torch.long, device=noise.device)
-            now, then = (alphas[time].clamp(0, 1).sqrt().arccos() for time in (t, following))
-            f = blended(partial(flow, y, timesteps), packed, grid)
-            y, previous = angle_step(y, f, then - now, previous), (f, then - now)
-        return y
+        def flow(y: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return blended(partial(window_flow, y, timesteps), packed, grid)
+
+        return probability_flow(noise, flow, network.alphas_cumprod, times, progress=self.progress)

@@ -8,7 +8,9 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from custom.diffusion.coarse import CoarseUNet
 from custom.diffusion.context import RESIDUAL_UNIT_HU
+from custom.diffusion.formulas import amplitudes
 from custom.diffusion.loss import StructDiffLoss, label_edges
 from custom.diffusion.network import Prediction, StructDiffUNet
 from custom.diffusion.noise import case_noise
@@ -46,6 +48,32 @@ class PrepareResidualDiffusion(PrepareBatch):
         timesteps = torch.randint(0, len(self.network.alphas_cumprod), (len(residual),), device=residual.device)
         targets = {"label": on_device(batchdata, "label", device, non_blocking)}
         return noise, targets, (timesteps, context), {"residual": residual}
+
+
+class PrepareVelocity(PrepareBatch):
+    """Batch -> (noisy image, velocity) of a diffusion of `image` itself, told `context`, for MONAI's engines.
+
+    Args:
+        network: the bare network, whose schedule is that of the noise.
+        by_case: draw noise and time from the names of the cases, for evaluations that can be compared.
+    """
+
+    def __init__(self, network: CoarseUNet, *, by_case: bool = False) -> None:
+        self.network, self.by_case = network, by_case
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, Any]]:
+        """Draw noise and times, from the global generator of the device else."""
+        image, context = (on_device(batchdata, key, device, non_blocking) for key in ("image", "context"))
+        noise, steps = torch.randn_like(image), len(self.network.alphas_cumprod)
+        timesteps = torch.randint(0, steps, (len(image),), device=image.device)
+        if self.by_case:
+            noise = torch.stack([case_noise(image.shape[1:], 0, case) for case in batchdata["case"]]).to(image)
+            chances = torch.cat([case_noise((1,), 0, f"time of {case}") for case in batchdata["case"]])
+            timesteps = (torch.special.ndtr(chances) * steps).long().clamp(max=steps - 1).to(image.device)
+        a, s = amplitudes(self.network.alphas_cumprod, timesteps, image.ndim)
+        return a * image + s * noise, a * noise - s * image, (timesteps, context), {}
 
 
 class PrepareRendering(PrepareBatch):

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom.diffusion.coarse import low_pass
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
 from custom.geometry.deformation import sample
 from custom.geometry.registration import template_coordinates
 from custom.runs.files import content_hash
-from custom.volumes.grids import as_batch, on_grid_of, sample_cubic
+from custom.volumes.grids import as_batch, on_grid_of, sample_cubic, spacing_of
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
 from monai.networks.layers import GaussianFilter
@@ -49,7 +50,8 @@ class VaryContrastd(Transform):
     """Render a template as if it had been scanned in another contrast phase, drawn for each case.
 
     All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
-    has learnt to follow. Needs `template_image`, `template_label` and `statistics`; changes image and statistics.
+    has learnt to follow. Needs `statistics`, and `template_image` and `template_label` where there is a template;
+    changes statistics and image.
 
     Args:
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
@@ -102,6 +104,8 @@ class VaryContrastd(Transform):
             if k < len(means) and low <= means[k] <= high:
                 along = (means[k] + shift[k] - low) % (2 * (high - low))  # up to the highest mean and back again
                 shift[k] = low + torch.minimum(along, 2 * (high - low) - along) - means[k]
+        if "template_image" not in data:
+            return {**data, "statistics": data["statistics"] + shift[:, None] * torch.eye(2)[0]}
         image, label = as_batch(data["template_image"]), as_batch(data["template_label"])
         image = image + shift_labels(label, shift)
         statistics = label_statistics(image, label, len(means))
@@ -116,11 +120,10 @@ class AlignTemplated(Transform):
 
     Args:
         labels: ids that drive the alignment; leave tubular labels out.
-        spacing_mm: spacing of all three volumes.
     """
 
-    def __init__(self, *, labels: Sequence[int], spacing_mm: Sequence[float]) -> None:
-        self.labels, self.spacing_mm = list(labels), spacing_mm
+    def __init__(self, *, labels: Sequence[int]) -> None:
+        self.labels = list(labels)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Align one item.
@@ -137,7 +140,7 @@ class AlignTemplated(Transform):
                 f"{self.labels}; check the label mapping or choose another template"
             )
         where = template_coordinates(
-            template_label.long(), target.long(), labels=self.labels, spacing_mm=self.spacing_mm
+            template_label.long(), target.long(), labels=self.labels, spacing_mm=spacing_of(item["label"])
         )
         item["template_image"] = on_grid_of(sample_cubic(as_batch(item["template_image"]), where), item["label"])
         item["template_label"] = on_grid_of(sample(template_label, where, mode="nearest"), item["label"])
@@ -148,10 +151,12 @@ class AlignTemplated(Transform):
 class PaintPriord(Transform):
     """Add `prior` (1, H, W, D) HU and `context` (4, H, W, D), the channels of :class:`Context`.
 
-    Needs `label`, `template_image`, `template_label` on one grid, and `statistics` of the template.
+    Needs `label` and `statistics`, on the grid of the label `template_image` and `template_label` in mode "template",
+    and in the others `surroundings`, the low-pass part of the image less the painted mask (:class:`Surroundingsd` of a
+    scan, :class:`DrawCoarsed` of a drawn one).
 
     Args:
-        nominal_hu: plausible mean HU of every label, background first; paints what no template tells.
+        nominal_hu: plausible mean HU of every label, background first; paints what nothing else tells.
         mode: "template" (mask and template), "mask_only" or "unconditional".
         thin_labels: ids that are painted only, never shown in the template image (see `prior.fitted_template`).
         use_prior: False paints a constant instead of the template, for comparison (benchmarks/template_guidance.py).
@@ -190,9 +195,11 @@ class PaintPriord(Transform):
             background = template_background(template, template_label)
             prior = paint_prior(label, self._means(data, label), background)
             template = fitted_template(template, template_label, label, prior, self.thin_labels)
-        elif mode == "mask_only" and self.use_prior:
-            prior = paint_prior(label, torch.tensor(self.nominal_hu), flat)
-        elif mode == "unconditional":
+        elif self.use_prior:
+            painted = paint_prior(label, self._means(data, label), flat)
+            told = low_pass(painted, spacing_of(data["label"])) if mode == "unconditional" else painted
+            prior = told + as_batch(data["surroundings"])
+        if mode == "unconditional":
             target = none
         context = Context(target, template, template_label, prior).stacked()
         return {**data, "prior": on_grid_of(prior, data["label"]), "context": on_grid_of(context, data["label"])}

@@ -185,7 +185,7 @@ RULES: dict[str, Rule] = {
     "clip_norm": Rule("a number above 0", lambda v: is_number(v) and v > 0, "1.0"),
     "sample_strength": _share("1.0", with_0=True, with_1=True),
     "grain": _least(0, "1.0"),
-    "sampling_steps": _whole(1, "10", high=999),
+    **dict.fromkeys(("sampling_steps", "coarse_steps"), _whole(1, "10", high=999)),
     "strides": _CALLS,
     "mode_prob": _SHARES,
     "label_shift_hu": _SHIFTS,

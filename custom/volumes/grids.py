@@ -35,6 +35,11 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return pad_to(x, [n + -n % multiple for n in x.shape[2:]])
 
 
+def spacing_of(volume: MetaTensor) -> list[float]:
+    """Voxel size of (C, H, W, D) along each axis, mm."""
+    return [float(edge) for edge in volume.pixdim]
+
+
 def as_batch(volume: torch.Tensor) -> torch.Tensor:
     """(1, H, W, D), MetaTensor or not -> plain float (1, 1, H, W, D)."""
     return torch.as_tensor(volume).as_subclass(torch.Tensor).float()[None]

@@ -12,7 +12,7 @@ from skimage.restoration import denoise_tv_chambolle
 
 MIN_VOXELS = 8  # ours: one block of 2 x 2 x 2; fewer voxels of a label have no mean worth a name
 LUNG_BELOW_HU = -400.0  # between aerated lung (-850 HU) and fat (-100 HU)
-_REACH = 8  # voxels, ours: CT noise is correlated over 2 to 3 mm
+GRAIN_REACH = 8  # voxels, ours: CT noise is correlated over 2 to 3 mm
 _CLIPPED_AT = 3.0  # deviations, ours: Gaussian noise lies within, edges that denoising missed do not
 _AROUND_VOXELS = 4.0  # ours: the dose changes over centimetres, and 500 voxels tell a deviation to 3 %
 _GIVEN_BACK_VOXELS = 2.0  # ours: some 15 voxels of a coronary, whose mean has a quarter of the noise
@@ -176,10 +176,10 @@ def power_spectrum(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     box = bounding_box(inside)
     mask = inside[box]
     centred = np.where(mask, values[box] - values[inside].mean(), 0.0)
-    shape = [fft.next_fast_len(n + _REACH, real=True) for n in mask.shape]  # no lag up to the reach wraps around
+    shape = [fft.next_fast_len(n + GRAIN_REACH, real=True) for n in mask.shape]  # no lag up to the reach wraps around
     products, pairs = (np.fft.irfftn(np.abs(np.fft.rfftn(v, shape)) ** 2, shape) for v in (centred, mask.astype(float)))
-    lags = np.ix_(*[np.arange(-_REACH, _REACH + 1)] * 3)
-    taper = np.hanning(2 * _REACH + 3)[1:-1]
+    lags = np.ix_(*[np.arange(-GRAIN_REACH, GRAIN_REACH + 1)] * 3)
+    taper = np.hanning(2 * GRAIN_REACH + 3)[1:-1]
     covariance = products[lags] / np.maximum(pairs[lags], 1) * taper[:, None, None] * taper[:, None] * taper
     return np.fft.rfftn(np.fft.ifftshift(covariance)).real.clip(min=0)
 
@@ -197,7 +197,7 @@ def fine_spectrum(image_hu: np.ndarray, label: np.ndarray) -> np.ndarray:
         (17, 17, 9) as :func:`power_spectrum`; zeros where no label is large enough.
     """
     core = interior(label)
-    spectra = [np.zeros((2 * _REACH + 1, 2 * _REACH + 1, _REACH + 1))]
+    spectra = [np.zeros((2 * GRAIN_REACH + 1, 2 * GRAIN_REACH + 1, GRAIN_REACH + 1))]
     for k, box in enumerate(ndimage.find_objects(core.astype(np.int64)), start=1):
         if box is None or np.count_nonzero(core[box] == k) < _ENOUGH_VOXELS:
             continue
@@ -236,7 +236,7 @@ def grain_kernel(spectrum: np.ndarray) -> np.ndarray:
     Returns:
         (17, 17, 17) float32 of unit norm: white noise of unit variance keeps it. A single 1 for a spectrum of zeros.
     """
-    size = 2 * _REACH + 1
+    size = 2 * GRAIN_REACH + 1
     amplitude = np.sqrt(spectrum if spectrum.any() else np.ones_like(spectrum))
     impulse = np.fft.fftshift(np.fft.irfftn(amplitude, (size,) * 3, axes=(0, 1, 2)))
     return (impulse / np.linalg.norm(impulse)).astype(np.float32)

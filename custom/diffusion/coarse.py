@@ -1,0 +1,153 @@
+"""The coarse stage: what no template shows is drawn as a whole, at 6 mm, before anything fine is (ours).
+
+The fine network is local: it cannot invent a thorax. So a diffusion of the whole field, which is small at 6 mm, draws
+the low-pass part of an image first, with the mask or without. It takes the place of the template in the prior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from custom.diffusion.formulas import probability_flow
+from custom.diffusion.noise import HU_RANGE
+from custom.geometry.deformation import sample
+from custom.volumes.grids import crop_to, pad_to_multiple, sample_cubic
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler
+from scipy import ndimage
+from torch import nn
+
+CELL_MM = 6.0
+"""Edge of a voxel of the coarse stage. Ours: a thorax is then some 32 voxels wide, seconds of a CPU."""
+_BLUR_MM = 3.5  # ours: of the low-pass; what is left at half the sampling rate of 6 mm is a fifth
+_MEAN_HU, _SD_HU = -250.0, 450.0  # of phantoms with lungs and air around, so that what is diffused has unit variance
+_PAINT_UNIT_HU = 500.0
+_MULTIPLE = 4  # of two halvings
+_FIELD_CELLS = 32  # 192 mm, ours: the field that is drawn at least, since the network was trained on that
+
+
+def low_pass(image_hu: torch.Tensor, spacing_mm: Sequence[float]) -> torch.Tensor:
+    """The part of an image that the coarse stage draws: blurred by a Gaussian of 3.5 mm, edge values outside.
+
+    Args:
+        image_hu: (1, C, H, W, D).
+        spacing_mm: voxel size along each axis.
+    """
+    sigma = (0, 0, *(_BLUR_MM / s for s in spacing_mm))
+    return torch.from_numpy(ndimage.gaussian_filter(image_hu.numpy(), sigma, mode="nearest", truncate=3.0))
+
+
+def cells_over(size: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
+    """Coarse voxels that cover a field of view: a multiple of 4 along each axis, and at least the 192 mm of training."""
+    cells = [n * s / CELL_MM for n, s in zip(size, spacing_mm, strict=True)]
+    return [max(_FIELD_CELLS, _MULTIPLE * math.ceil(n / _MULTIPLE)) for n in cells]
+
+
+def cells_within(size: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
+    """Coarse voxels that lie whole in a field of view."""
+    return [int(n * s / CELL_MM + 1e-6) for n, s in zip(size, spacing_mm, strict=True)]
+
+
+def _lattice(size: Sequence[int], other: Sequence[int], ratio: Sequence[float]) -> torch.Tensor:
+    """Where the voxels of a grid lie on another of the same centre, (1, 3, H, W, D) in voxels of that.
+
+    Args:
+        size, other: (H, W, D) of the two grids.
+        ratio: voxel size of the first over that of the other.
+    """
+    axes = [(torch.arange(n) - (n - 1) / 2) * r + (m - 1) / 2 for n, m, r in zip(size, other, ratio, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None].float()
+
+
+def coarsened(image_hu: torch.Tensor, spacing_mm: Sequence[float], cells: Sequence[int]) -> torch.Tensor:
+    """The low-pass part of (1, 1, H, W, D) on a coarse grid of the same centre, (1, 1, *cells); edge values outside."""
+    where = _lattice(cells, image_hu.shape[2:], [CELL_MM / s for s in spacing_mm])
+    return sample(low_pass(image_hu, spacing_mm), where)
+
+
+def refined(coarse_hu: torch.Tensor, size: Sequence[int], spacing_mm: Sequence[float]) -> torch.Tensor:
+    """A coarse image (1, 1, h, w, d) on a fine grid of the same centre, (1, 1, *size), by cubic splines."""
+    return sample_cubic(coarse_hu, _lattice(size, coarse_hu.shape[2:], [s / CELL_MM for s in spacing_mm]))
+
+
+def coarse_context(painted_hu: torch.Tensor | None, foreground: torch.Tensor) -> torch.Tensor:
+    """What the coarse stage is told, (B, 2, h, w, d): the painted mask, and how much of a voxel is labelled.
+
+    Args:
+        painted_hu: (B, 1, h, w, d) low-pass of the painted mask; None is unconditional.
+        foreground: (B, 1, h, w, d) low-pass of labelled or not; without a painted mask only its shape counts.
+    """
+    if painted_hu is None:
+        return torch.cat([torch.zeros_like(foreground), torch.full_like(foreground, -1)], 1)
+    return torch.cat([painted_hu / _PAINT_UNIT_HU, foreground], 1)
+
+
+def standardised(coarse_hu: torch.Tensor) -> torch.Tensor:
+    """What is diffused of a coarse image in HU, of about unit variance."""
+    return (coarse_hu - _MEAN_HU) / _SD_HU
+
+
+class CoarseUNet(nn.Module):
+    """Predicts the velocity of a coarse image: MONAI's `DiffusionModelUNet`, told the painted mask beside it.
+
+    Args:
+        channels: of each level; attention on the last one lets the halves of a thorax agree.
+        num_res_blocks: of each level.
+        norm_num_groups: of every group norm; divides all `channels`.
+        num_train_timesteps: length of the cosine training schedule.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int] = (24, 48, 96),
+        num_res_blocks: int = 1,
+        norm_num_groups: int = 8,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.size_multiple = 2 ** (len(channels) - 1)
+        self.unet = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=3,
+            out_channels=1,
+            channels=tuple(channels),
+            num_res_blocks=num_res_blocks,
+            attention_levels=(*[False] * (len(channels) - 1), True),
+            num_head_channels=norm_num_groups * 2,
+            norm_num_groups=norm_num_groups,
+        )
+        schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
+        self.alphas_cumprod: torch.Tensor
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor | None = None, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Velocity a eps - s z of a noisy standardised image a z + s eps.
+
+        Args:
+            x: (B, 1, h, w, d), any size.
+            timesteps: (B,) int64; None is the last, noisiest time.
+            context: (B, 2, h, w, d) of :func:`coarse_context`; None is unconditional.
+        """
+        if timesteps is None:
+            timesteps = torch.full((len(x),), len(self.alphas_cumprod) - 1, device=x.device)
+        if context is None:
+            context = coarse_context(None, x)
+        told = pad_to_multiple(torch.cat([x, context], 1), self.size_multiple)
+        return crop_to(self.unet(told, timesteps), x.shape[2:])
+
+    @torch.no_grad()
+    def draw(self, context: torch.Tensor, noise: torch.Tensor, times: Sequence[int]) -> torch.Tensor:
+        """Coarse images (B, 1, h, w, d) in HU.
+
+        Args:
+            context: (B, 2, h, w, d).
+            noise: (B, 1, h, w, d), standard normal.
+            times: descending, of the network calls.
+        """
+        drawn = probability_flow(noise, lambda y, t: self(y, t, context), self.alphas_cumprod, times)
+        return (drawn * _SD_HU + _MEAN_HU).clamp(*HU_RANGE)
