@@ -51,13 +51,13 @@ def _is_simple(neighbours: BoolArray) -> BoolArray:
     return one_object & one_background
 
 
-def _neighbourhood(shape: tuple[int, ...]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _neighbourhood(shape: tuple[int, ...]) -> tuple[NDArray[np.intp], NDArray[np.uint8]]:
     """Steps (26,) to the neighbours in a flattened array, and the parity class (0 to 7) of every voxel.
 
     Voxels of one class are not neighbours: all that are simple may change at once.
     """
-    classes = ((np.indices(shape) % 2) * np.array([4, 2, 1]).reshape(3, 1, 1, 1)).sum(0).ravel()
-    return _steps(shape), classes
+    h, w, d = (np.arange(n, dtype=np.uint8) % 2 for n in shape)
+    return _steps(shape), (4 * h[:, None, None] + 2 * w[:, None] + d).ravel()
 
 
 def _steps(shape: tuple[int, ...]) -> NDArray[np.intp]:
@@ -104,7 +104,7 @@ def skeleton(mask: ArrayLike) -> BoolArray:
     thin = np.zeros_like(foreground)
     if foreground.any():
         box = bounding_box(foreground)
-        padded = np.pad(foreground[box], 1)
+        padded = np.pad(np.ascontiguousarray(foreground[box]), 1)  # its `ravel` must be a view
         _thin(padded)
         thin[box] = padded[1:-1, 1:-1, 1:-1]
     return thin
@@ -132,8 +132,8 @@ def grow(seed: ArrayLike, within: ArrayLike) -> BoolArray:
     if not (start & limit).any():
         return grown
     box = bounding_box(limit)
-    inside = np.pad(limit[box], 1)
-    mask = inside & np.pad(start[box], 1)
+    inside = np.pad(np.ascontiguousarray(limit[box]), 1)  # the `ravel` of the mask must be a view
+    mask = inside & np.pad(np.ascontiguousarray(start[box]), 1)
     depth = np.ceil(ndimage.distance_transform_edt(inside)).astype(np.int32)
     flat, level, around, classes = mask.ravel(), depth.ravel(), *_neighbourhood(mask.shape)
 

@@ -122,6 +122,11 @@ _WINDOW = Rule(
     "two numbers, the lower first", lambda v: _is_list(v, 2) and all(map(is_number, v)) and v[0] < v[1], '"[-200,800]"'
 )
 _LENGTHS = _three("lengths in mm above 0", lambda v: is_number(v) and v > 0, '"[1.5,1.5,1.5]"')
+_SPACING = Rule(
+    f"{_LENGTHS.text}, or two, the finest and the coarsest",
+    lambda v: _LENGTHS.holds(v) or (_is_list(v, 2) and all(map(is_number, v)) and 0 < v[0] <= v[1]),
+    _LENGTHS.example,
+)
 _CHANNELS = Rule(
     "a list of two or more whole numbers of at least 1",
     lambda v: _is_list(v) and len(v) > 1 and all(_is_whole(n) and n > 0 for n in v),
@@ -166,7 +171,7 @@ RULES: dict[str, Rule] = {
         _is_mapping_of_ids,
         "\"{'from':[11,12],'to':[0,0]}\"",
     ),
-    "spacing_mm": _LENGTHS,
+    "spacing_mm": _SPACING,
     "roi_size": _three("whole numbers of voxels, at least 8", lambda v: _is_whole(v) and v >= 8, '"[64,64,64]"'),
     "window_size": _three(
         "even numbers of voxels, at least 2", lambda v: _is_whole(v) and v >= 2 and v % 2 == 0, '"[128,128,128]"'

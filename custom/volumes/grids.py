@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from custom.volumes.headers import TOLERANCE_VOXELS
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Invertd, InvertibleTransform
-from monai.transforms.utils import convert_applied_interp_mode
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from scipy.interpolate import CubicSpline
 from torch.nn import functional as F
+
+_NO_WEIGHT = 1e-9  # of a voxel in a spline: below single precision, and farther off numbers that processors are slow at
+_SAME_VOXELS = 1e-3  # ours: grids that are less apart are one; single precision puts the far corner this far off
 
 
 def crop(x: torch.Tensor, window: Sequence[slice]) -> torch.Tensor:
@@ -56,13 +62,68 @@ def on_device(batch: Mapping[str, Any], key: str, device: Any, non_blocking: boo
     return batch[key].as_subclass(torch.Tensor).to(device=device, dtype=torch.float32, non_blocking=non_blocking)
 
 
-class InvertImaged(Invertd):
-    """MONAI's `Invertd` for images that are brought back along the transforms of a label, whose trace says "nearest".
+def _cubic_weights(where: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Weights (N, size) that read the natural cubic spline through `size` values at N places; edge values outside."""
+    if size == 1:
+        return np.ones((len(where), 1))
+    weights = CubicSpline(np.arange(size), np.eye(size), bc_type="natural")(where.clip(0, size - 1))
+    return np.where(np.abs(weights) < _NO_WEIGHT, 0.0, weights)
 
-    `nearest_interp=False` leaves the mode of the trace as it is; here resampling is linear.
+
+def resample_cubic(
+    volume: torch.Tensor, affine: ArrayLike, new_affine: ArrayLike, new_shape: Sequence[int]
+) -> torch.Tensor:
+    """Image (h, w, d) read on another grid by cubic splines, edge values outside, within its own minimum and maximum.
+
+    Grids whose axes are parallel, in whatever order and direction, are read axis by axis, by matrices; sheared ones,
+    which only a gantry tilt makes, voxel by voxel, which takes ten times as long.
 
     Args:
-        keys, transform, orig_keys: as there; all keys follow one label.
+        volume: (h, w, d) float32.
+        affine, new_affine: 4 x 4 each, of its grid and of the new one.
+        new_shape: (H, W, D) of the new grid.
+
+    Returns:
+        (H, W, D) float32 on the same device; the volume itself where the two grids are one.
+    """
+    shape, new_shape = tuple(volume.shape), tuple(int(n) for n in new_shape)
+    to_source = np.linalg.solve(np.asarray(affine, dtype=float), np.asarray(new_affine, dtype=float))
+    turn, start = to_source[:3, :3], to_source[:3, 3]
+    source_axes = np.abs(turn).argmax(0)  # of each new axis
+    along = np.zeros((3, 3), dtype=bool)
+    along[source_axes, range(3)] = True
+    if shape == new_shape and np.abs(to_source - np.eye(4))[:3].max() * max(shape) < _SAME_VOXELS:
+        return volume
+    if sorted(source_axes) != [0, 1, 2] or (np.abs(turn * ~along) @ new_shape).max() > TOLERANCE_VOXELS:
+        values = volume.cpu().numpy()
+        moved = ndimage.affine_transform(
+            values, turn, start, output_shape=new_shape, output=np.float32, order=3, mode="nearest"
+        )
+        new = torch.from_numpy(moved).to(volume.device)
+    else:
+        weights = []
+        for axis, size in zip(source_axes, new_shape, strict=True):
+            step = turn[axis, list(source_axes).index(axis)]
+            weights.append(_cubic_weights(start[axis] + step * np.arange(size), shape[axis]))
+        x, y, z = (torch.from_numpy(w).to(volume) for w in weights)
+        new = volume.permute(*(int(a) for a in source_axes)) @ z.T  # the axis of the smallest steps in memory first
+        new = y @ new
+        new = (x @ new.flatten(1)).unflatten(1, new_shape[1:])
+    return new.clamp_(volume.min(), volume.max())
+
+
+class InvertImaged(Invertd):
+    """Bring rendered images back to the grid on which their label map was read, by cubic splines.
+
+    In place of MONAI's `Invertd`, whose linear interpolation costs thin vessels their contrast and which would follow
+    the trace of the label, "nearest". Both grids are known by their affines, so the trace is not needed. Values stay
+    between the minimum and the maximum of the image; beyond the outermost voxel centres lie edge values.
+
+    Args:
+        keys, transform, orig_keys: as there; all keys follow one label, which stays as it is.
+
+    Raises:
+        ValueError: when the label does not tell the grid of its file.
     """
 
     def __init__(self, keys: KeysCollection, transform: InvertibleTransform, orig_keys: str) -> None:
@@ -70,10 +131,18 @@ class InvertImaged(Invertd):
         self.label_key = orig_keys
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Invert the images of one item."""
-        label = data[self.label_key]
-        linear = MetaTensor(label, meta=label.meta, applied_operations=label.applied_operations)
-        linear.applied_operations = convert_applied_interp_mode(
-            label.applied_operations, mode="bilinear", align_corners=False
-        )
-        return {**super().__call__({**data, self.label_key: linear}), self.label_key: label}
+        """Bring back the images (1, H, W, D) of one item."""
+        item = dict(data)
+        label = item[self.label_key]
+        if not {"original_affine", "spatial_shape"} <= set(label.meta):
+            raise ValueError(
+                f"{self.label_key}: its meta must hold original_affine and spatial_shape of the file, got "
+                f"{sorted(label.meta)}; read it by LoadVolumesd"
+            )
+        affine = torch.as_tensor(np.asarray(label.meta["original_affine"]), dtype=torch.float64)
+        shape = np.asarray(label.meta["spatial_shape"]).tolist()
+        for key in self.key_iterator(item):
+            image = torch.as_tensor(item[key]).as_subclass(torch.Tensor).detach().float()
+            back = torch.stack([resample_cubic(channel, label.affine, affine, shape) for channel in image])
+            item[key] = MetaTensor(back, meta={**label.meta, "affine": affine})
+        return item

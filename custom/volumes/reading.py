@@ -11,18 +11,10 @@ import numpy as np
 import torch
 from custom.volumes.headers import TOLERANCE_VOXELS, check_ending, check_header, corners_apart_mm
 from custom.volumes.numbering import MapLabelsd, check_mapping, is_mapped, mapped_key
+from custom.volumes.resampling import ToSpacingd, check_lengths
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import (
-    Compose,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    LoadImage,
-    MapTransform,
-    Orientationd,
-    Spacingd,
-    Transform,
-)
+from monai.transforms import Compose, EnsureChannelFirstd, EnsureTyped, LoadImage, MapTransform, Orientationd, Transform
 from nibabel.orientations import io_orientation
 
 
@@ -114,7 +106,8 @@ class CheckVolumesd(MapTransform):
         keys: all volumes to check.
         label_keys: those of `keys` that are label maps, already mapped to the ids of the model.
         num_labels: label ids 0 to num_labels - 1.
-        spacing_mm: spacing of the model along the axes of RAS; None leaves the spacing unchecked.
+        spacing_mm: spacing of the model along the axes of RAS, or its finest and coarsest, of which the coarsest is
+            compared; None leaves the spacing unchecked.
         air_below_hu: an image without any voxel below this is not in HU (8-bit, unsigned or normalised data).
         grids: pairs of keys that must share one grid.
 
@@ -137,8 +130,9 @@ class CheckVolumesd(MapTransform):
         grids: Sequence[Sequence[str]] = (),
     ) -> None:
         super().__init__(keys)
-        if spacing_mm is not None and np.shape(spacing_mm) != (3,):
-            raise ValueError(f"spacing_mm must be three lengths in mm, one per axis, got {spacing_mm}")
+        if spacing_mm is not None:
+            check_lengths(spacing_mm)
+            spacing_mm = spacing_mm if len(spacing_mm) == 3 else [max(spacing_mm)] * 3
         self.label_keys, self.num_labels, self.spacing_mm = set(label_keys), num_labels, spacing_mm
         self.air_below_hu, self.grids = air_below_hu, grids
 
@@ -264,6 +258,7 @@ def reading_chain(
     spacing_mm: Sequence[float] | None,
     confidence: bool = False,
     resampled: Sequence[str] | None = None,
+    thin_labels: Sequence[int] = (),
 ) -> list[Transform]:
     """The chain from files to volumes of the model: read, labels renumbered, checked, brought to RAS and one spacing.
 
@@ -273,15 +268,19 @@ def reading_chain(
         images: images without a label map.
         num_labels: label ids 0 to num_labels - 1.
         label_mapping: "from" and "to" ids; others stay. Label maps whose item says that they are mapped are left.
-        spacing_mm: of the model, along the axes of RAS; None keeps each volume's own.
+        spacing_mm: of the model, along the axes of RAS, or its finest and coarsest: then all volumes come to the
+            largest voxel edge of the first of `labels`, else of the label of the first pair, else of the first image,
+            within these. None keeps each volume's own.
         confidence: also read `confidence`, which lies on the grid of `label`.
         resampled: keys that are brought to RAS and spacing; None takes all. Others stay as they were read.
+        thin_labels: ids of vessels, which stay connected on the new grid.
 
     Returns:
         transforms in their order, for a `Compose`; a list, so that a `CacheDataset` sees which are random.
 
     Raises:
-        ValueError: on a mapping that cannot be meant, see :func:`custom.volumes.numbering.check_mapping`.
+        ValueError: on a mapping that cannot be meant, see :func:`custom.volumes.numbering.check_mapping`, or another
+            form of `spacing_mm`.
     """
     masks = [*labels, *(label for _, label in pairs)]
     keys = [*images, *labels, *(key for pair in pairs for key in pair)]
@@ -295,6 +294,14 @@ def reading_chain(
     moved = [*keys, *["confidence"] * confidence] if resampled is None else list(resampled)
     chain.append(Orientationd(moved, axcodes="RAS", labels=None))
     if spacing_mm is not None:
-        modes = ["nearest" if key in masks else "bilinear" for key in moved]
-        chain.append(Spacingd(moved, pixdim=spacing_mm, mode=modes))
+        chain.append(
+            ToSpacingd(
+                moved,
+                label_keys=masks,
+                spacing_mm=spacing_mm,
+                follow=[*masks, *images][0],
+                thin_labels=thin_labels,
+                linear_keys=["confidence"],
+            )
+        )
     return chain

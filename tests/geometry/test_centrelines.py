@@ -24,6 +24,17 @@ def test_skeleton_keeps_the_topology_of_noise():
         assert betti_numbers(skeleton(mask)) == betti_numbers(mask)
 
 
+def test_the_order_of_axes_in_memory_changes_neither_centre_lines_nor_growth():
+    """A tight mask in Fortran order was returned unthinned."""
+    mask = tube((-8, -3, 0), (8, 3, 5), 2)
+    box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(mask))
+    tight, seed = np.ascontiguousarray(mask[box]), np.zeros_like(mask[box])
+    seed[tuple(np.argwhere(skeleton(tight))[0])] = True
+    turned = np.asfortranarray(tight)
+    np.testing.assert_array_equal(skeleton(turned), skeleton(tight))
+    np.testing.assert_array_equal(grow(np.asfortranarray(seed), turned), grow(seed, tight))
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 def test_skeleton_of_a_bar_keeps_its_length(width):
     # scikit-image's skeletonize leaves nothing of the bar two voxels wide.

@@ -1,10 +1,12 @@
 """Padding, reading between voxels, and the way back to the grid of a mask."""
 
+import numpy as np
 import pytest
 import torch
-from custom.volumes.grids import InvertImaged, as_batch, pad_to_multiple, sample_cubic
+from custom.volumes.grids import InvertImaged, as_batch, pad_to_multiple, resample_cubic, sample_cubic
 from monai.data import MetaTensor
-from monai.transforms import Compose, Spacingd
+from monai.transforms import Compose, Invertd, Orientationd, Spacingd
+from monai.transforms.utils import convert_applied_interp_mode
 
 
 def test_padding_repeats_the_far_edge_only():
@@ -40,15 +42,91 @@ def test_cubic_reading_returns_voxels_at_voxels_cubics_between_and_edges_outside
     assert read.flatten().tolist() == pytest.approx(expected, abs=0.01)
 
 
-def test_images_come_back_to_a_finer_mask_by_linear_interpolation():
-    """`Invertd` would follow the trace of the label, which is "nearest": a ramp would come back as a staircase."""
-    label = MetaTensor(torch.zeros(1, 24, 12, 12), affine=torch.diag(torch.tensor([0.75, 0.75, 0.75, 1.0])))
-    forward = Compose([Spacingd("label", pixdim=(1.5, 1.5, 1.5), mode="nearest")])
-    item = forward({"label": label})
-    ramp = torch.arange(12.0)[None, :, None, None].expand(1, 12, 6, 6) * 100
-    back = InvertImaged("pred", transform=forward, orig_keys="label")({**item, "pred": MetaTensor(ramp.clone())})
-    steps = back["pred"][0, 2:-2, 6, 6].diff()
-    assert back["pred"].shape == label.shape
-    torch.testing.assert_close(back["pred"].affine, label.affine)
-    torch.testing.assert_close(steps.as_tensor(), torch.full_like(steps, 50).as_tensor(), atol=5, rtol=0)
-    assert back["label"].shape == item["label"].shape
+OBLIQUE = np.array([[0.66, -0.21, 0, 5], [0.23, 0.62, 0.1, -40], [-0.03, -0.06, 0.8, 7], [0, 0, 0, 1.0]])
+GANTRY = np.array([[0.7, 0, 0, 0], [0, 0.7, 0.3, 0], [0, 0, 0.9, 0], [0, 0, 0, 1.0]])
+ROTATED = OBLIQUE.copy()
+ROTATED[:3, :3] = np.linalg.qr(OBLIQUE[:3, :3])[0] * [0.7, 0.9, 0.8]
+AFFINES = {
+    "straight": np.diag([0.75, 0.75, 0.75, 1]),
+    "flipped": np.diag([-0.7, -0.8, 1.1, 1]),
+    "permuted": np.array([[0, 0, -0.7, 9], [0.8, 0, 0, 2], [0, 0.9, 0, 1], [0, 0, 0, 1.0]]),
+    "oblique": ROTATED,
+    "oblique, flipped and permuted": ROTATED[:, [2, 0, 1, 3]] * [-1, 1, 1, 1],
+    "sheared": GANTRY,
+}
+
+
+def read(affine, shape=(25, 22, 19), spacing=1.2):
+    """A label as read and then brought to the grid of a model, and the chain that did it."""
+    affine = torch.as_tensor(affine, dtype=torch.float64)
+    meta = {"original_affine": affine.numpy(), "spatial_shape": np.array(shape)}
+    label = MetaTensor(torch.zeros(1, *shape), affine=affine, meta=meta)
+    chain = Compose([Orientationd("label", axcodes="RAS", labels=None)])
+    if spacing is not None:
+        chain = Compose([*chain.transforms, Spacingd("label", pixdim=[spacing] * 3, mode="nearest")])
+    return chain({"label": label}), chain
+
+
+def smooth(affine, shape):
+    """HU of a smooth function of the place in mm."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(index @ np.asarray(affine)[:3, :3].T + np.asarray(affine)[:3, 3], -1, 0)
+    return torch.from_numpy(300 * np.sin(x / 4) + 200 * np.cos(y / 5) + 100 * np.sin(z / 3 + x / 6)).float()[None]
+
+
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+def test_images_come_back_where_monai_brings_them_and_closer_to_the_truth(affine):
+    item, chain = read(affine)
+    image = smooth(item["label"].affine, item["label"].shape[1:])
+    item["pred"] = MetaTensor(image.clone())
+    back = InvertImaged("pred", transform=chain, orig_keys="label")(item)
+    linear = dict(item, label=MetaTensor(item["label"], meta=item["label"].meta))
+    linear["label"].applied_operations = convert_applied_interp_mode(
+        item["label"].applied_operations, mode="bilinear", align_corners=False
+    )
+    theirs = Invertd("pred", chain, "label", nearest_interp=False)(linear)["pred"]
+    assert back["pred"].shape == theirs.shape == (1, 25, 22, 19)
+    torch.testing.assert_close(back["pred"].affine, theirs.affine)
+    torch.testing.assert_close(back["pred"].affine, torch.as_tensor(affine, dtype=torch.float64))
+    inner, truth = (0, *[slice(4, -4)] * 3), smooth(affine, (25, 22, 19))
+    ours_off, theirs_off = ((x.as_tensor() - truth)[inner].abs() for x in (back["pred"], theirs))
+    assert theirs_off.max() < 40, "the same place"
+    assert ours_off.max() < 8
+    assert ours_off.mean() < theirs_off.mean() / 4
+    assert back["label"] is item["label"]
+
+
+def test_values_stay_within_those_of_the_image():
+    """Splines overshoot beside a step: a confidence above 1 would be refused when it is read."""
+    item, chain = read(AFFINES["flipped"])
+    step = torch.zeros(item["label"].shape)
+    step[:, 6:] = 1
+    back = InvertImaged(["confidence"], transform=chain, orig_keys="label")({**item, "confidence": step})["confidence"]
+    assert (float(back.min()), float(back.max())) == (0, 1)
+
+
+def test_images_on_the_grid_of_the_file_come_back_as_they_are():
+    item, chain = read(AFFINES["straight"], spacing=0.75)
+    image = torch.randn(item["label"].shape)
+    back = InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
+    assert torch.equal(back["pred"].as_tensor(), image)
+
+
+def test_turned_axes_alone_change_no_value():
+    item, chain = read(AFFINES["permuted"], spacing=None)
+    image = torch.randn(item["label"].shape)
+    back = InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
+    again = Orientationd("pred", axcodes="RAS", labels=None)(back)["pred"]
+    torch.testing.assert_close(again.as_tensor(), image, atol=1e-5, rtol=0)
+
+
+def test_a_single_slice_is_repeated():
+    back = resample_cubic(torch.arange(12.0).view(3, 4, 1), np.eye(4), np.diag([1, 1, 0.5, 1]), (3, 4, 2))
+    assert torch.allclose(back, torch.arange(12.0).view(3, 4, 1).expand(3, 4, 2), atol=1e-5)
+
+
+def test_a_label_that_does_not_tell_its_grid_is_refused():
+    item, chain = read(AFFINES["straight"])
+    del item["label"].meta["spatial_shape"]
+    with pytest.raises(ValueError, match="label: its meta must hold original_affine and spatial_shape"):
+        InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": torch.zeros(item["label"].shape)})
