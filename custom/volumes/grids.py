@@ -16,6 +16,7 @@ from scipy import ndimage
 from scipy.interpolate import CubicSpline
 from torch.nn import functional as F
 
+_NO_WEIGHT = 1e-9  # of a voxel in a spline: below single precision, and farther off numbers that processors are slow at
 _SAME_VOXELS = 1e-3  # ours: grids that are less apart are one; single precision puts the far corner this far off
 
 
@@ -70,7 +71,8 @@ def _cubic_weights(where: NDArray[np.float64], size: int) -> NDArray[np.float64]
     """Weights (N, size) that read the natural cubic spline through `size` values at N places; edge values outside."""
     if size == 1:
         return np.ones((len(where), 1))
-    return CubicSpline(np.arange(size), np.eye(size), bc_type="natural")(where.clip(0, size - 1))
+    weights = CubicSpline(np.arange(size), np.eye(size), bc_type="natural")(where.clip(0, size - 1))
+    return np.where(np.abs(weights) < _NO_WEIGHT, 0.0, weights)
 
 
 def resample_cubic(

@@ -14,15 +14,7 @@ from custom.volumes.numbering import MapLabelsd, check_mapping, is_mapped, mappe
 from custom.volumes.resampling import ToSpacingd, check_lengths
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import (
-    Compose,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    LoadImage,
-    MapTransform,
-    Orientationd,
-    Transform,
-)
+from monai.transforms import Compose, EnsureChannelFirstd, EnsureTyped, LoadImage, MapTransform, Orientationd, Transform
 from nibabel.orientations import io_orientation
 
 
@@ -114,8 +106,8 @@ class CheckVolumesd(MapTransform):
         keys: all volumes to check.
         label_keys: those of `keys` that are label maps, already mapped to the ids of the model.
         num_labels: label ids 0 to num_labels - 1.
-        spacing_mm: spacing of the model along the axes of RAS, or its finest and coarsest spacing, of which the coarsest
-            is compared; None leaves the spacing unchecked.
+        spacing_mm: spacing of the model along the axes of RAS, or its finest and coarsest, of which the coarsest is
+            compared; None leaves the spacing unchecked.
         air_below_hu: an image without any voxel below this is not in HU (8-bit, unsigned or normalised data).
         grids: pairs of keys that must share one grid.
 
@@ -276,9 +268,9 @@ def reading_chain(
         images: images without a label map.
         num_labels: label ids 0 to num_labels - 1.
         label_mapping: "from" and "to" ids; others stay. Label maps whose item says that they are mapped are left.
-        spacing_mm: of the model, along the axes of RAS, or its finest and coarsest: then all volumes come to the largest
-            voxel edge of the first of `labels`, else of the label of the first pair, else of the first image, within
-            these. None keeps each volume's own.
+        spacing_mm: of the model, along the axes of RAS, or its finest and coarsest: then all volumes come to the
+            largest voxel edge of the first of `labels`, else of the label of the first pair, else of the first image,
+            within these. None keeps each volume's own.
         confidence: also read `confidence`, which lies on the grid of `label`.
         resampled: keys that are brought to RAS and spacing; None takes all. Others stay as they were read.
         thin_labels: ids of vessels, which stay connected on the new grid.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -239,7 +239,7 @@ class ToSpacingd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(item):
             volume, mode = item[key], "nearest" if key in self.label_keys else "bilinear"
             same = [new for old, new in grids if _alike(old, volume)]
-            moved = spacing(volume, mode=mode, output_spatial_shape=same[0] if same else None)
+            moved = cast(MetaTensor, spacing(volume, mode=mode, output_spatial_shape=same[0] if same else None))
             grids.append((volume, moved.shape[1:]))
             if moved.shape != volume.shape or not torch.equal(moved.affine, volume.affine):
                 self._improve(key, volume, moved)

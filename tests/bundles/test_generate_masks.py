@@ -161,8 +161,8 @@ def test_what_is_rejected_is_told_at_the_end_and_the_rest_is_kept(cohort, tmp_pa
         ({"edits#prune_probability": 2}, "edits: prune_probability must be 0 to 1"),
         (
             {"spacing_mm": 2.5},
-            "spacing_mm: must be three lengths in mm above 0, one for each axis, or two, the finest and the coarsest, got 2.5; for "
-            "example --spacing_mm",
+            "spacing_mm: must be three lengths in mm above 0, one for each axis, or two, the finest and the coarsest, "
+            "got 2.5; for example --spacing_mm",
         ),
         ({"gate#max_dise": 0.5}, "gate: ['max_dise'] do not exist"),
         ({"motion#coarse": 4}, "motion: ['coarse'] do not exist; the options are ['coarse_mm'"),

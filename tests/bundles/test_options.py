@@ -78,6 +78,7 @@ def wrong_values(default):
 
 FITTING = {  # of the above, what an option may be all the same
     "real_datalists": [[], ["x"]],
+    "spacing_mm": [[1.5, 1.5]],  # finest and coarsest
     **dict.fromkeys(("training_datalists", "held_out_datalists", "synthetic_datalists", "datalists"), [["x"]]),
     **dict.fromkeys(("reference_datalist", "mask_datalist", "template_datalist"), [["a"]]),
     "label_shift_hu": [7.5],
@@ -98,6 +99,7 @@ TABLE = [(name, value) for name in DEFAULTS for value in wrong_values(DEFAULTS[n
 OWN = [
     ("train", "spacing_mm", [1.5, 0, 1.5]),
     ("train", "spacing_mm", [1.5, -1.5, 1.5]),
+    ("train", "spacing_mm", [1.5, 0.7]),
     ("render", "window_size", [63, 64, 64]),
     ("render", "sampling_steps", 1000),
     ("render", "device", "gpu"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from custom.checks import check_version
+from custom.geometry.topology import betti_numbers
 from custom.volumes.reading import CheckVolumesd, LoadConfidenced, LoadVolumesd, file_of, reading_chain
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, Spacingd
 
 SHAPE = (6, 5, 7)
 LARGER = (17, 16, 15)
@@ -382,3 +383,23 @@ def test_the_chain_checks_before_it_resamples(case):
     with pytest.raises(RuntimeError) as caught:
         chain(label_mapping={"from": [5], "to": [0]})(case)
     assert "label ids [11] are not in the label map 0 to 1" in str(caught.value.__cause__)
+
+
+def test_limits_of_spacing_keep_volumes_as_fine_as_they_are_within_them(case):
+    kept, finer = (chain(confidence=True, spacing_mm=limits)(case) for limits in ([1.0, 3.0], [0.5, 1.0]))
+    assert kept["label"].shape == kept["image"].shape == kept["confidence"].shape == (1, 8, 9, 10)
+    assert finer["label"].shape == finer["image"].shape == finer["confidence"].shape == (1, 15, 17, 19)
+    linear = Spacingd("confidence", pixdim=[1.0] * 3, mode="bilinear")(kept)["confidence"]
+    torch.testing.assert_close(finer["confidence"].as_tensor(), linear.as_tensor())
+
+
+def test_the_chain_keeps_thin_labels_connected(tmp_path):
+    label = np.zeros((30, 24, 24), np.uint8)
+    for step in range(27):
+        label[2 + step, 3 + step // 2, 5 + step // 2] = 1  # a line of one voxel
+    nib.save(nib.Nifti1Image(label, np.diag([-0.5, 0.5, 0.5, 1])), tmp_path / "label.nii.gz")
+    options = {"pairs": [], "labels": ["label"], "label_mapping": {"from": [], "to": []}}
+    item = {"label": str(tmp_path / "label.nii.gz")}
+    whole = chain(**options, spacing_mm=[1.2] * 3, thin_labels=[1])(item)["label"]
+    assert betti_numbers(whole[0])[0] == 1
+    assert betti_numbers(chain(**options, spacing_mm=[1.2] * 3)(item)["label"][0])[0] != 1
