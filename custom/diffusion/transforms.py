@@ -49,7 +49,8 @@ class VaryContrastd(Transform):
     """Render a template as if it had been scanned in another contrast phase, drawn for each case.
 
     All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
-    has learnt to follow. Needs `template_image`, `template_label` and `statistics`; changes image and statistics.
+    has learnt to follow. Needs `template_image`, `template_label` and `statistics`; changes image and statistics,
+    and adds `mean_change_hu` (num_labels,): by how much the mean of each label has changed.
 
     Args:
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
@@ -105,7 +106,12 @@ class VaryContrastd(Transform):
         image, label = as_batch(data["template_image"]), as_batch(data["template_label"])
         image = image + shift_labels(label, shift)
         statistics = label_statistics(image, label, len(means))
-        return {**data, "template_image": on_grid_of(image, data["template_image"]), "statistics": statistics}
+        return {
+            **data,
+            "template_image": on_grid_of(image, data["template_image"]),
+            "statistics": statistics,
+            "mean_change_hu": statistics[:, 0] - means,
+        }
 
 
 class AlignTemplated(Transform):

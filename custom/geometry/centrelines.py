@@ -51,13 +51,13 @@ def _is_simple(neighbours: BoolArray) -> BoolArray:
     return one_object & one_background
 
 
-def _neighbourhood(shape: tuple[int, ...]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _neighbourhood(shape: tuple[int, ...]) -> tuple[NDArray[np.intp], NDArray[np.int8]]:
     """Steps (26,) to the neighbours in a flattened array, and the parity class (0 to 7) of every voxel.
 
     Voxels of one class are not neighbours: all that are simple may change at once.
     """
-    classes = ((np.indices(shape) % 2) * np.array([4, 2, 1]).reshape(3, 1, 1, 1)).sum(0).ravel()
-    return _steps(shape), classes
+    h, w, d = ((np.arange(n) % 2 * weight).astype(np.int8) for n, weight in zip(shape, (4, 2, 1), strict=True))
+    return _steps(shape), (h[:, None, None] + w[:, None] + d).ravel()
 
 
 def _steps(shape: tuple[int, ...]) -> NDArray[np.intp]:
