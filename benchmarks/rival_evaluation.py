@@ -21,6 +21,7 @@ from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.transforms import PaintPriord
 from custom.evaluation.distances import kernel_distance, radiomic_features, standardised
+from custom.evaluation.gate import ImageGate, examine_labels, examine_vessels, rejections, vessel_reference
 from custom.evaluation.realism import (
     BANDS,
     draw_patches,
@@ -32,7 +33,6 @@ from custom.evaluation.realism import (
 from custom.evaluation.rendering import Rendering, label_mean_error
 from custom.runs.files import file_hash, replace_file
 from custom.runs.weights import LoadWeights, save_atomically
-from custom.synthesis.writing import JudgeRenderingd
 from custom.volumes.cases import load_cases, with_template, with_template_names
 from custom.volumes.reading import reading_chain
 from monai.bundle import ConfigParser
@@ -193,23 +193,30 @@ def realism(made: Collected, real: Collected, scale: np.ndarray, *, auc: bool) -
     }
 
 
-def _judge() -> JudgeRenderingd:
+def _gate() -> ImageGate:
     limits = json.loads((TRAIN_CONFIG.parent / "synthesize.json").read_text())["gate"]
-    return JudgeRenderingd({**limits, "plausible_hu": ANATOMY.plausible_hu}, thin_labels=ANATOMY.thin)
+    return ImageGate.from_config({**limits, "plausible_hu": ANATOMY.plausible_hu})
 
 
-def fidelity(structure: torch.Tensor, item: Item) -> dict[str, float]:
+def fidelity(structure: torch.Tensor, item: Item, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Whether a structure shows the mask with the intensities of the template: errors of label means, and the gate."""
-    judged = _judge()({**item, "pred": structure, "score": 0.0})
-    label = item["label"][0].numpy().round().astype(np.int64)
+    label, template_label = (item[key][0].numpy().round().astype(np.int64) for key in ("label", "template_label"))
+    image, template = structure[0].numpy(), item["template_image"][0].numpy()
+    thin = {"thin_labels": ANATOMY.thin}
+    # The statistics are of the template as it was scanned: warping takes contrast away.
+    own = vessel_reference(template, template_label, spacing_mm=spacing_mm, **thin)
+    own = own._replace(mean_hu=float(item["statistics"][ANATOMY.thin, 0].nanmean()))
+    statistics = item["statistics"].tolist()
+    measures = examine_labels(image, label, template_statistics=statistics, template_image=template, **thin)
+    measures |= examine_vessels(image, label, template=own, spacing_mm=spacing_mm, **thin)
     # The prior is painted with the template's means, which the labels of the rendering are to have.
-    case = partial(Rendering, structure[0].numpy(), item["prior"][0].numpy(), label)
+    case = partial(Rendering, image, item["prior"][0].numpy(), label)
     names = ("vessel_contrast", "vessel_continuity", "template_copy")
     return {
         "chamber_error_hu": label_mean_error(case(CHAMBERS)),
         "coronary_error_hu": label_mean_error(case(ANATOMY.thin)),
-        **{name: judged["measures"][name] for name in names},
-        "accepted": float(not judged["rejected"]),
+        **{name: measures[name] for name in names},
+        "accepted": float(not rejections(measures, 0.0, _gate())),
     }
 
 
@@ -256,7 +263,7 @@ def compare(
             label = item["label"][0].numpy().round().astype(np.int64)
             image = AddGraind()({**item, "pred": structure})["pred"][0].numpy()
             made.add(image, label)
-            rows.append({**fidelity(structure, item), "seconds": seconds})
+            rows.append({**fidelity(structure, item, world.spacing_mm), "seconds": seconds})
             if len(rows) == 1:
                 if not sheet:
                     template = item["template_image"][0].numpy(), item["template_label"][0].numpy()

@@ -13,7 +13,6 @@ in `work_dir`; a training that was stopped goes on where it last saved.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -24,10 +23,12 @@ from typing import Any
 import fire
 import torch
 from common import ANATOMY, PICTURES, RESULTS, ROOT, TRAIN_CONFIG, machine
+from custom.diffusion.pairs import PooledDataLoader
 from custom.runs.files import write_json
-from custom.runs.weights import save_atomically
+from custom.runs.weights import WeightAverage, save_atomically
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset
+from monai.data import Dataset
 from monai.transforms import Compose
 from monai.utils import set_determinism
 from rival_networks import ARMS, step_flops, velocity_loss
@@ -35,9 +36,9 @@ from torch.utils.data import RandomSampler
 
 logger = logging.getLogger(__name__)
 
-PAIR = {"image": torch.float32, "template_image": torch.float32, "label": torch.uint8, "template_label": torch.uint8}
+PAIR = ("image", "template_image", "label", "template_label")
 WARM_UP_STEPS, END_LEARNING_RATE, EMA_MOMENTUM, CLIP_NORM = 200, 0.02, 0.002, 1.0  # the last three as in train.json
-KEPT_PAIRS, FIRST_BATCHES = 1024, 8
+KEPT_PAIRS = 1024
 LOG_EVERY, SAVE_EVERY = 100, 1000
 
 
@@ -72,8 +73,7 @@ class Pairs(Dataset):
             keys = ("image", "label", "statistics", "label_cls_indices")
             save_atomically({key: _plain(item[key]) for key in keys}, path)
         (pair,) = self.transform(torch.load(path, weights_only=True, mmap=True))  # of one crop
-        volumes = {key: _plain(pair[key]) for key in PAIR}
-        return {key: (volumes[key].round() if "label" in key else volumes[key]).to(kind) for key, kind in PAIR.items()}
+        return {key: _plain(pair[key]) for key in PAIR}
 
 
 def _plain(value: Any) -> Any:
@@ -81,54 +81,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(part) for part in value]
     return torch.as_tensor(value).as_subclass(torch.Tensor).clone()
-
-
-class Pool:
-    """The last pairs that were made, on the device, to draw batches from.
-
-    Args:
-        capacity: so many pairs.
-        device: of them.
-    """
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity, self.device = capacity, device
-        self.kept: dict[str, torch.Tensor] = {}
-        self.added = 0
-
-    def add(self, batch: dict[str, torch.Tensor]) -> None:
-        """Put pairs in the place of the oldest."""
-        for key, values in batch.items():
-            if key not in self.kept:
-                self.kept[key] = torch.empty(self.capacity, *values.shape[1:], dtype=values.dtype, device=self.device)
-            where = (self.added + torch.arange(len(values))) % self.capacity
-            self.kept[key][where.to(self.device)] = values.to(self.device, non_blocking=True)
-        self.added += len(next(iter(batch.values())))
-
-    def draw(self, count: int) -> dict[str, torch.Tensor]:
-        """A batch, each pair as likely."""
-        chosen = torch.randint(min(self.added, self.capacity), (count,), device=self.device)
-        return {key: values[chosen] for key, values in self.kept.items()}
-
-
-def batches_of(pairs: Pairs, batch_size: int, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of new pairs without end."""
-    sampler = RandomSampler(pairs, replacement=True, num_samples=1 << 40)
-    yield from DataLoader(pairs, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
-
-
-class Average:
-    """Moving average of weights over a growing window, as `custom.runs.WeightAverage`."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.model = copy.deepcopy(network).requires_grad_(False)
-        self.pairs = list(zip(self.model.parameters(), network.parameters(), strict=True))
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the network after a step, counted from 1."""
-        own, new = (list(values) for values in zip(*self.pairs, strict=True))
-        torch._foreach_lerp_(own, new, max(EMA_MOMENTUM, 10 / (10 + step)))
 
 
 def rate_at(step: int, progress: float) -> float:
@@ -152,79 +104,82 @@ class Training:
         self.arm, self.network = arm, ARMS[arm]().to(device).train()
         self.steps, self.seconds = steps // self.network.stages, seconds / self.network.stages
         self.learning_rate, self.state = learning_rate, state
-        self.done: dict[str, Any] = {"stage": 0, "pairs": 0, "steps": [], "seconds": [], "flops": [], "losses": []}
+        self.done: dict[str, Any] = {"stage": 0, "steps": [], "seconds": [], "flops": [], "losses": []}
         kept = torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
         if kept is not None:
             self.done = kept["done"]
-        self.earlier_pairs = self.done["pairs"]
         self._begin()
         if kept is not None:
             self.network.load_state_dict(kept["network"])
-            self.average.model.load_state_dict(kept["average"])
+            self.average.ema_model.load_state_dict(kept["average"])
             self.optimizer.load_state_dict(kept["optimizer"])
             logger.info("%s: goes on from %s", arm, self.done["steps"])
 
     def _begin(self) -> None:
         weights = self.network.begin(self.done["stage"])
         self.optimizer = torch.optim.AdamW(weights, lr=self.learning_rate)
-        self.average = Average(self.network)
+        self.average = WeightAverage(self.network, momentum=EMA_MOMENTUM)
         for key in ("steps", "seconds", "losses"):
             if len(self.done[key]) <= self.done["stage"]:
                 self.done[key].append([] if key == "losses" else 0)
 
     def save(self) -> None:
         """Write what it takes to go on."""
-        parts = {"network": self.network, "average": self.average.model, "optimizer": self.optimizer}
+        parts = {"network": self.network, "average": self.average.ema_model, "optimizer": self.optimizer}
         save_atomically({"done": self.done, **{k: v.state_dict() for k, v in parts.items()}}, self.state)
 
-    def run(self, pool: Pool, fresh: Iterator[dict[str, torch.Tensor]], batch_size: int, reuse: int) -> None:
+    def run(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """Train to the end."""
-        for _ in range(FIRST_BATCHES):
-            pool.add(next(fresh))
         while True:
             if len(self.done["flops"]) <= self.done["stage"]:
-                self.done["flops"].append(step_flops(self.network, pool.draw(batch_size)))
-            self._run_stage(pool, fresh, batch_size, reuse)
+                self.done["flops"].append(step_flops(self.network, next(batches)))
+            self._run_stage(batches)
             if self.done["stage"] + 1 == self.network.stages:
                 return
-            self.network.load_state_dict(self.average.model.state_dict())
+            self.network.load_state_dict(self.average.ema_model.state_dict())
             self.done["stage"] += 1
             self._begin()
 
-    def _run_stage(self, pool: Pool, fresh: Iterator[dict[str, torch.Tensor]], batch_size: int, reuse: int) -> None:
+    def _run_stage(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         stage, losses = self.done["stage"], []
-        step, before, start = self.done["steps"][stage], self.done["seconds"][stage], time.perf_counter()
-        progress = max(step / self.steps, before / self.seconds)
-        while progress < 1:
-            if step % reuse == 0:
-                pool.add(next(fresh))
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate * rate_at(step, progress)
-            loss = velocity_loss(self.network, pool.draw(batch_size))
+        first, before, start = self.done["steps"][stage], self.done["seconds"][stage], time.perf_counter()
+
+        def elapsed() -> float:
+            return float(before + time.perf_counter() - start)
+
+        def progress(steps: int) -> float:
+            return max(steps / self.steps, elapsed() / self.seconds)
+
+        def train_step(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
+            step = engine.state.iteration - 1
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate * rate_at(step, progress(step))
+            loss = velocity_loss(self.network, batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], CLIP_NORM)
             self.optimizer.step()
-            step += 1
-            self.average.update(step)
             losses.append(loss.detach())
-            seconds = before + time.perf_counter() - start
-            progress = max(step / self.steps, seconds / self.seconds)
-            if step % LOG_EVERY == 0 or progress >= 1:
+
+        def note(engine: Engine) -> None:
+            step = engine.state.iteration
+            ends = progress(step) >= 1
+            if step % LOG_EVERY == 0 or ends:
                 self.done["losses"][stage].append(float(torch.stack(losses).mean()))
-                self.done["steps"][stage], self.done["seconds"][stage] = step, seconds
-                self.done["pairs"] = self.earlier_pairs + pool.added
-                logger.info(
-                    "%s stage %d step %d, %.0f s, %d pairs: loss %.4f",
-                    self.arm,
-                    stage,
-                    step,
-                    seconds,
-                    self.done["pairs"],
-                    self.done["losses"][stage][-1],
-                )
-                losses = []
+                self.done["steps"][stage], self.done["seconds"][stage] = step, elapsed()
+                values = self.arm, stage, step, self.done["seconds"][stage], self.done["losses"][stage][-1]
+                logger.info("%s stage %d step %d, %.0f s: loss %.4f", *values)
+                losses.clear()
             if step % SAVE_EVERY == 0:
                 self.save()
+            if ends:
+                engine.terminate()
+
+        if max(first / self.steps, before / self.seconds) < 1:
+            engine = Engine(train_step)
+            self.average.attach(engine, event=Events.ITERATION_COMPLETED)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, note)
+            engine.load_state_dict({"iteration": first, "max_epochs": 1, "epoch_length": self.steps})
+            engine.run(batches)
 
 
 def train(
@@ -270,10 +225,12 @@ def train(
     training = Training(arm, state=work / f"{arm}_state.pt", **options)
     set_determinism(seed + sum(training.done["steps"]))
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
-    pool = Pool(KEPT_PAIRS, torch.device(device))
-    training.run(pool, batches_of(pairs, batch_size, num_workers), batch_size, reuse)
-    weights = {name: value.cpu() for name, value in training.average.model.state_dict().items()}
-    save_atomically({"weights": weights, "arm": arm, "batch_size": batch_size, **training.done}, result)
+    sampler = RandomSampler(pairs, replacement=True, num_samples=1 << 40)  # without end
+    options = {"uses": reuse, "kept": KEPT_PAIRS, "keys": PAIR, "device": device, "num_workers": num_workers}
+    training.run(iter(PooledDataLoader(pairs, batch_size=batch_size, sampler=sampler, **options)))
+    weights = {name: value.cpu() for name, value in training.average.ema_model.state_dict().items()}
+    done = {**training.done, "pairs": batch_size * math.ceil(sum(training.done["steps"]) / reuse)}
+    save_atomically({"weights": weights, "arm": arm, "batch_size": batch_size, **done}, result)
     training.state.unlink(missing_ok=True)
     logger.info("%s: written", result)
 

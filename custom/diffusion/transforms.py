@@ -51,7 +51,7 @@ class VaryContrastd(Transform):
 
     All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
     has learnt to follow. Needs `statistics`, and `template_image` and `template_label` where there is a template;
-    changes statistics and image.
+    changes statistics and image, and adds `mean_change_hu` (num_labels,): by how much the mean of each label has changed.
 
     Args:
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).
@@ -109,7 +109,12 @@ class VaryContrastd(Transform):
         image, label = as_batch(data["template_image"]), as_batch(data["template_label"])
         image = image + shift_labels(label, shift)
         statistics = label_statistics(image, label, len(means))
-        return {**data, "template_image": on_grid_of(image, data["template_image"]), "statistics": statistics}
+        return {
+            **data,
+            "template_image": on_grid_of(image, data["template_image"]),
+            "statistics": statistics,
+            "mean_change_hu": statistics[:, 0] - means,
+        }
 
 
 class AlignTemplated(Transform):

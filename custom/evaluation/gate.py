@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from custom.evaluation.rendering import texture_correlation, vessel_regions
+from custom.evaluation.rendering import around_vessels, texture_correlation, vessel_regions
 from custom.geometry.centrelines import skeleton
 from custom.volumes.gate import Gate
-from custom.volumes.intensity import label_statistics
+from custom.volumes.intensity import MIN_VOXELS, label_statistics
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["ImageGate", "examine", "rejections"]
+__all__ = ["ImageGate", "VesselReference", "examine_labels", "examine_vessels", "rejections", "vessel_reference"]
 
 Volume = NDArray[np.float32]
 _MIN_CONTRAST_HU = 30.0  # ours: about the noise of a scan; a template with less shows no vessels
+_ALONG_MM = 1.5  # ours: on each side; a coronary of 3 mm in full, and one voxel of the model
 
 
 @dataclass(frozen=True)
@@ -46,61 +47,115 @@ class ImageGate(Gate):
     max_template_copy: float | None = 0.8
 
 
-def _visible_share(image: Volume, vessel: NDArray[np.bool_], threshold_hu: float) -> float:
-    """Share of the vessels' centre lines that is brighter than a threshold."""
-    # Averaged over the vessel voxels around: a blur would bring in the surroundings of thin vessels.
-    share = ndimage.uniform_filter(vessel.astype(np.float32), 3)
-    line = skeleton(vessel)
-    along = ndimage.uniform_filter(np.where(vessel, image, 0).astype(np.float32), 3)[line] / share[line]
-    return float((along > threshold_hu).mean())
+class VesselReference(NamedTuple):
+    """What the vessels of a template show, which those of an image are held against.
+
+    Attributes:
+        mean_hu: of the vessels; NaN where there are fewer than 8 voxels of them.
+        continuity: share of their centre lines brighter than half of their own contrast; 1 where nothing is shown.
+    """
+
+    mean_hu: float
+    continuity: float = 1.0
 
 
-def _own_continuity(image: Volume, label: NDArray[np.int64], thin_labels: Sequence[int]) -> float:
-    """`_visible_share` of a template at half of its own contrast; 1 when it shows no vessel to compare with."""
-    vessel, around, _ = vessel_regions(image, label, thin_labels)
-    if not vessel.any() or not around.any():
-        return 1.0
-    return _visible_share(image, vessel, float(image[vessel].mean() + image[around].mean()) / 2) or 1.0
+class _Vessels:
+    """The vessels of an image and what lies around them, cut out of it; arguments as `vessel_reference`."""
+
+    def __init__(
+        self, image: Volume, label: NDArray[Any], thin_labels: Sequence[int], spacing_mm: Sequence[float]
+    ) -> None:
+        self.mean_hu = self.around_hu = float("nan")
+        box = around_vessels(label, thin_labels, spacing_mm)
+        if box is None:
+            return
+        self.image, self.spacing_mm = image[box].astype(np.float32), spacing_mm
+        self.mask, around, _ = vessel_regions(self.image, label[box], thin_labels, spacing_mm)
+        if np.count_nonzero(self.mask) >= MIN_VOXELS:
+            self.mean_hu = float(self.image[self.mask].mean())
+        if around.any():
+            self.around_hu = float(self.image[around].mean())
+
+    def visible_share(self, threshold_hu: float) -> float:
+        """Share of the centre lines that is brighter than a threshold."""
+        # Averaged over the vessel voxels around: a blur would bring in the surroundings of thin vessels.
+        size = [2 * max(1, round(_ALONG_MM / float(s))) + 1 for s in self.spacing_mm]
+        line = skeleton(self.mask)
+        share = ndimage.uniform_filter(self.mask.astype(np.float32), size)[line]
+        along = ndimage.uniform_filter(np.where(self.mask, self.image, 0), size)[line] / share
+        return float((along > threshold_hu).mean())
 
 
-def examine(
+def vessel_reference(
+    image: Volume, label: NDArray[Any], *, thin_labels: Sequence[int], spacing_mm: Sequence[float]
+) -> VesselReference:
+    """Measures the vessels of a template.
+
+    Args:
+        image: (H, W, D) HU.
+        label: (H, W, D) ids.
+        thin_labels: ids of vessels.
+        spacing_mm: of the voxels, along each axis.
+    """
+    vessels = _Vessels(image, label, thin_labels, spacing_mm)
+    threshold = (vessels.mean_hu + vessels.around_hu) / 2
+    share = vessels.visible_share(threshold) if np.isfinite(threshold) else 0.0
+    return VesselReference(vessels.mean_hu, share or 1.0)
+
+
+def examine_vessels(
+    image: Volume,
+    label: NDArray[Any],
+    *,
+    template: VesselReference,
+    thin_labels: Sequence[int],
+    spacing_mm: Sequence[float],
+) -> dict[str, float]:
+    """Measures the vessels of an image that a gate judges, on whatever grid: distances are lengths.
+
+    Args:
+        image, label, thin_labels, spacing_mm: as :func:`vessel_reference`.
+        template: what its vessels show.
+
+    Returns:
+        "vessel_contrast" and "vessel_continuity"; NaN where nothing can be measured.
+    """
+    contrast = continuity = float("nan")
+    vessels = _Vessels(image, label, thin_labels, spacing_mm)
+    wanted = template.mean_hu - vessels.around_hu
+    if wanted > _MIN_CONTRAST_HU and np.isfinite(vessels.mean_hu):  # a template without vessels cannot ask for them
+        contrast = (vessels.mean_hu - vessels.around_hu) / wanted
+        continuity = vessels.visible_share(vessels.around_hu + wanted / 2) / template.continuity
+    return {"vessel_contrast": contrast, "vessel_continuity": continuity}
+
+
+def examine_labels(
     image: Volume,
     label: NDArray[np.int64],
     *,
     template_statistics: Sequence[Sequence[float]],
-    template: tuple[Volume, NDArray[np.int64]] | None,
+    template_image: Volume | None,
     thin_labels: Sequence[int],
 ) -> dict[str, Any]:
-    """Measures an image that a gate judges.
+    """Measures the labels of an image that a gate judges.
 
     Args:
         image: (H, W, D) HU.
         label: (H, W, D) ids.
         template_statistics: mean and SD in HU of each label in the template, NaN where it has none.
-        template: image (H, W, D) in HU and label map, aligned with the image; None without a template: continuity is
-            then the share itself.
+        template_image: (H, W, D) HU, aligned with the image; None without a template.
         thin_labels: ids of vessels.
 
     Returns:
         "label_mean_hu" {label: mean}, "label_error_hu" {label: difference from the template}, "label_sd_ratio" {label:
-        SD over the template's}, "vessel_contrast", "vessel_continuity" and "template_copy"; NaN where nothing can be
-        measured.
+        SD over the template's} and "template_copy"; NaN where nothing can be measured.
     """
     table = label_statistics(torch.from_numpy(image), torch.from_numpy(label), len(template_statistics)).numpy()
     means, (template_means, template_sds) = table[:, 0], np.asarray(template_statistics, dtype=float).T
     present = [k for k in np.unique(label).tolist() if k > 0 and np.isfinite(means[k])]
-    vessel, around, _ = vessel_regions(image, label, thin_labels)
-    contrast = continuity = copy = float("nan")
-    wanted = np.nanmean([template_means[k] for k in thin_labels]) if thin_labels else float("nan")
-    if vessel.any() and around.any() and np.isfinite(wanted):
-        level = float(image[around].mean())
-        if wanted - level > _MIN_CONTRAST_HU:  # a template that shows no vessels cannot ask for them
-            contrast = float((image[vessel].mean() - level) / (wanted - level))
-            continuity = _visible_share(image, vessel, float(wanted + level) / 2)
-            if template is not None:
-                continuity /= _own_continuity(*template, thin_labels)
-    if template is not None and present:
-        copy = texture_correlation(image, template[0], label > 0)
+    copy = float("nan")
+    if template_image is not None and present:
+        copy = texture_correlation(image, template_image, label > 0)
     return {
         "label_mean_hu": {k: float(means[k]) for k in present},
         "label_error_hu": {
@@ -111,8 +166,6 @@ def examine(
         "label_sd_ratio": {
             k: float(table[k, 1] / template_sds[k]) for k in present if k not in thin_labels and template_sds[k] > 0
         },
-        "vessel_contrast": contrast,
-        "vessel_continuity": continuity,
         "template_copy": copy,
     }
 

@@ -9,28 +9,70 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from custom.evaluation.labels import MASK_MEASURES, ColumnMetric, MaskPair, check_measures
-from custom.geometry.topology import BoolArray
+from custom.geometry.topology import BoolArray, bounding_box
 from custom.volumes.intensity import LUNG_BELOW_HU, MIN_VOXELS, label_statistics, noise_sd
 from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
 _CUBE = np.ones((3, 3, 3), dtype=bool)
+_BESIDE_MM = 2.0  # ours: partial volume of voxels of 1.5 mm reaches so far beyond a label
+_SEARCHED_MM, _AROUND_MM = 3.0, 4.5  # ours: two voxels and three of 1.5 mm
+_MODEL_MM = (1.5, 1.5, 1.5)
+
+
+def _within(mask: BoolArray, distance_mm: float, spacing_mm: Sequence[float]) -> BoolArray:
+    """Voxels in a box of so many mm, at least one voxel, on each side of those of a mask."""
+    grown = mask.astype(np.uint8)
+    for axis, voxels in enumerate(_voxels(distance_mm, spacing_mm)):
+        grown = ndimage.maximum_filter1d(grown, 2 * voxels + 1, axis, mode="constant")
+    return grown > 0
+
+
+def _voxels(distance_mm: float, spacing_mm: Sequence[float]) -> list[int]:
+    return [max(1, round(distance_mm / float(s))) for s in spacing_mm]
+
+
+def around_vessels(
+    label: np.ndarray, labels: Sequence[int], spacing_mm: Sequence[float]
+) -> tuple[slice, slice, slice] | None:
+    """Box of all that `vessel_regions` looks at; None without vessels.
+
+    Args:
+        label: (H, W, D) ids.
+        labels: ids of vessels.
+        spacing_mm: of the voxels, along each axis of the array.
+    """
+    vessel = np.isin(label, labels)
+    if not vessel.any():
+        return None
+    reach = np.sum([_voxels(mm, spacing_mm) for mm in (_BESIDE_MM, _AROUND_MM - _BESIDE_MM, _BESIDE_MM)], 0).tolist()
+    h, w, d = (
+        slice(max(side.start - n, 0), side.stop + n) for side, n in zip(bounding_box(vessel), reach, strict=True)
+    )
+    return h, w, d
 
 
 def vessel_regions(
-    truth: np.ndarray, label: np.ndarray, labels: Sequence[int]
+    truth: np.ndarray, label: np.ndarray, labels: Sequence[int], spacing_mm: Sequence[float] = _MODEL_MM
 ) -> tuple[BoolArray, BoolArray, BoolArray]:
     """Masks of the vessels, of the tissue around them, and of where they are searched.
 
-    Around: unlabelled, 2 to 3 voxels away from the vessels, more than a voxel from other labels, and no lung (below
-    LUNG_BELOW_HU, -400; up to version 0.2.0 it was -300) in the true image. Searched: the vessels and unlabelled voxels
-    within 2 voxels of them and more than one from other labels.
+    Around: unlabelled, more than 2 and up to 4.5 mm away from the vessels, more than 2 mm from other labels, and no
+    lung (below LUNG_BELOW_HU, -400; up to version 0.2.0 it was -300) in the true image. Searched: the vessels and
+    unlabelled voxels within 3 mm of them and more than 2 mm from other labels. Lengths are rounded to voxels, at least
+    one: of 1.5 mm they are 1, 3 and 2.
+
+    Args:
+        truth: (H, W, D) HU.
+        label: (H, W, D) ids.
+        labels: ids of vessels.
+        spacing_mm: of the voxels, along each axis; without it they are taken for voxels of 1.5 mm.
     """
     vessel = np.isin(label, labels)
-    free = ~ndimage.binary_dilation((label > 0) & ~vessel, _CUBE) & (label == 0)
-    near = ndimage.binary_dilation(vessel, _CUBE)
-    around = ndimage.binary_dilation(near, _CUBE, iterations=2) & ~near & free & (truth > LUNG_BELOW_HU)
-    return vessel, around, vessel | (ndimage.binary_dilation(near, _CUBE) & free)
+    free = ~_within((label > 0) & ~vessel, _BESIDE_MM, spacing_mm) & (label == 0)
+    near = _within(vessel, _BESIDE_MM, spacing_mm)
+    around = _within(near, _AROUND_MM - _BESIDE_MM, spacing_mm) & ~near & free & (truth > LUNG_BELOW_HU)
+    return vessel, around, vessel | (_within(vessel, _SEARCHED_MM, spacing_mm) & free)
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Cases of a synthetic data set judged, written and listed."""
+"""Cases of a synthetic data set written and listed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from custom.evaluation.gate import ImageGate, examine, rejections
 from custom.runs.files import file_hash, write_json
 from custom.runs.folders import RunFolder
 from custom.synthesis.cases import record_of
-from custom.volumes.grids import as_batch
+from custom.synthesis.judging import template_of
 from custom.volumes.numbering import mapped_key
 from custom.volumes.reading import read_labels
 from custom.volumes.writing import write_volume
@@ -22,32 +20,6 @@ from monai.transforms import Transform
 logger = logging.getLogger(__name__)
 
 ACCEPTED, REJECTED = "", "rejected/"
-
-
-class JudgeRenderingd(Transform):
-    """Add `measures` of the image and `rejected`, the limits it breaks.
-
-    Args:
-        limits: by name, see `custom.evaluation.gate.ImageGate`.
-        thin_labels: ids of vessels.
-    """
-
-    def __init__(self, limits: Mapping[str, Any], *, thin_labels: Sequence[int]) -> None:
-        self.gate, self.thin_labels = ImageGate.from_config(limits), list(thin_labels)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Judge one item, on the grid of the model."""
-        label, template_label = (
-            as_batch(data[k])[0, 0].cpu().round().long().numpy() for k in ("label", "template_label")
-        )
-        measures = examine(
-            as_batch(data["pred"])[0, 0].cpu().numpy(),
-            label,
-            template_statistics=torch.as_tensor(data["statistics"]).tolist(),
-            template=(as_batch(data["template_image"])[0, 0].cpu().numpy(), template_label),
-            thin_labels=self.thin_labels,
-        )
-        return {**data, "measures": measures, "rejected": rejections(measures, data["score"], self.gate)}
 
 
 class SaveSyntheticd(Transform):
@@ -85,19 +57,12 @@ class SaveSyntheticd(Transform):
             "measures": data["measures"],
             "mask": source["label"],
             "mask_hash": file_hash(source["label"]),
-            "template": _template(source),
+            "template": template_of(source),
             "paths": files,
             "files": {file: file_hash(str(self.root / file)) for file in files.values()},
         }
         write_json(self.root / "records" / f"{case}.json", content)
         return dict(data)
-
-
-def _template(case: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of the template: an item as in a datalist."""
-    template = {"image": case["template_image"], "label": case["template_label"]}
-    mapped = mapped_key("template_label")
-    return template | ({mapped_key("label"): case[mapped]} if mapped in case else {})
 
 
 def write_synthetic_datalist(

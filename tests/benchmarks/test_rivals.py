@@ -107,14 +107,6 @@ def test_windows_that_cover_a_volume_give_what_the_whole_gives():
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-2)
 
 
-def test_pool_keeps_the_newest():
-    pool = rivals.Pool(3, torch.device("cpu"))
-    for value in range(5):
-        pool.add({"image": torch.full((1, 1), float(value))})
-    assert sorted(pool.kept["image"].flatten().tolist()) == [2, 3, 4]
-    assert set(pool.draw(50)["image"].flatten().tolist()) == {2, 3, 4}
-
-
 def test_learning_rate_warms_up_and_ends_low():
     rates = [rivals.rate_at(step, step / 2000) for step in range(2001)]
     assert rates[0] == pytest.approx(1 / rivals.WARM_UP_STEPS, rel=1e-3)
@@ -139,29 +131,33 @@ def training(folder, arm, steps):
     return rivals.Training(arm, state=folder / "state.pt", **options)
 
 
-def pool():
-    return rivals.Pool(16, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_stopped_training_goes_on_where_it_saved(tmp_path, monkeypatch, arm):
     monkeypatch.setattr(rivals, "SAVE_EVERY", 2)
     monkeypatch.setattr(rivals, "LOG_EVERY", 2)
+    stages = ARMS[arm]().stages
     with pytest.raises(StoppedError):
-        training(tmp_path, arm, 12).run(pool(), endless(rivals.FIRST_BATCHES + 4), 2, 2)  # for 8 steps
+        training(tmp_path, arm, 12).run(endless(8 + stages))  # the cost of each stage is measured on a batch of its own
     second = training(tmp_path, arm, 12)
-    stages = second.network.stages
     assert second.done["steps"] == ([8] if stages == 1 else [6, 2])
-    second.run(pool(), endless(), 2, 2)
+    second.run(endless())
     assert second.done["steps"] == [12 // stages] * stages
     assert [len(losses) for losses in second.done["losses"]] == [6 // stages] * stages
     assert len(second.done["flops"]) == stages
 
 
+def test_a_finished_stage_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "SAVE_EVERY", 2)
+    training(tmp_path, "concat", 2).run(endless())
+    again = training(tmp_path, "concat", 2)
+    again.run(endless(0))
+    assert again.done["steps"] == [2]
+
+
 def test_time_ends_a_training_as_steps_do(tmp_path):
     one = training(tmp_path, "concat", 10**9)
     one.seconds = 1e-9
-    one.run(pool(), endless(), 2, 1)
+    one.run(endless())
     assert one.done["steps"] == [1]
 
 

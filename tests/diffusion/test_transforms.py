@@ -439,6 +439,7 @@ def test_contrast_varies_by_label_and_what_is_filled_varies_together():
     vary = VaryContrastd(contrast_shift_hu=80.0, label_shift_hu=0.0, seed=1)
     item, given = vary(scanned()), scanned()
     change = item["statistics"][:, 0] - given["statistics"][:, 0]
+    torch.testing.assert_close(item["mean_change_hu"], change, equal_nan=True)
     assert abs(float(change[2])) > 5
     assert float(change[1]) == pytest.approx(0, abs=0.1)
     inside = ndimage.binary_erosion(as_batch(item["template_label"])[0, 0].numpy() != 2, iterations=3)

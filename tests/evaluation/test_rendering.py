@@ -11,6 +11,7 @@ from custom.evaluation.rendering import (
     MEASURES,
     Rendering,
     RenderingMetric,
+    around_vessels,
     grain_ratio,
     label_mean_error,
     label_wasserstein,
@@ -286,6 +287,46 @@ def test_lung_is_no_tissue_around_vessels():
     truth, label = make_case()
     for hu, tissue in ((-399.0, True), (-401.0, False)):
         assert vessel_regions(np.full_like(truth, hu), label, [VESSEL])[1].any() == tissue
+
+
+def cubes(mask, voxels):
+    return ndimage.binary_dilation(mask, np.ones((3, 3, 3)), iterations=voxels)
+
+
+def test_regions_of_voxels_of_the_model_are_counted_in_voxels():
+    """More than one and up to three from the vessels, more than one from other labels; searched are two."""
+    truth, label = make_case()
+    label[16, 13:16, 6:9] = CHAMBER
+    vessel, around, searched = vessel_regions(truth, label, [VESSEL])
+    free = (label == 0) & ~cubes(label == CHAMBER, 1)
+    np.testing.assert_array_equal(vessel, label == VESSEL)
+    np.testing.assert_array_equal(around, cubes(vessel, 3) & ~cubes(vessel, 1) & free)
+    np.testing.assert_array_equal(searched, vessel | (cubes(vessel, 2) & free))
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.35, 0.35, 0.5), (0.5, 1.0, 3.0), (4.0, 4.0, 4.0)])
+def test_regions_reach_as_far_on_every_grid(spacing_mm):
+    label = np.zeros((61, 63, 59), np.int64)
+    label[30, 31, 29] = VESSEL
+    around = vessel_regions(np.zeros(label.shape), label, [VESSEL], spacing_mm)[1]
+    for axis, (centre, spacing) in enumerate(zip((30, 31, 29), spacing_mm, strict=True)):
+        line = around[tuple(slice(None) if a == axis else n for a, n in enumerate((30, 31, 29)))]
+        away_mm = np.abs(np.flatnonzero(line) - centre) * spacing
+        assert 2 - spacing / 2 < away_mm.min() <= max(2 + 1.5 * spacing, 2 * spacing)
+        assert away_mm.max() == pytest.approx(4.5, abs=max(1.01 * spacing, 0.01))
+
+
+def test_the_box_of_vessels_holds_all_that_counts_for_them():
+    truth, label = make_case()
+    for spacing_mm in ((1.5, 1.5, 1.5), (0.7, 1.0, 2.0)):
+        box = around_vessels(label, [VESSEL], spacing_mm)
+        whole, part = (
+            vessel_regions(v, ids, [VESSEL], spacing_mm) for v, ids in ((truth, label), (truth[box], label[box]))
+        )
+        for mask, cut in zip(whole, part, strict=True):
+            np.testing.assert_array_equal(mask[box], cut)
+            assert mask.sum() == cut.sum()
+    assert around_vessels(label, [MISSING], (1.5, 1.5, 1.5)) is None
 
 
 def test_unknown_measure_is_refused():

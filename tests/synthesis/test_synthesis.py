@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from custom.diffusion.transforms import VaryContrastd
-from custom.evaluation.gate import ImageGate, examine, rejections
+from custom.evaluation.gate import ImageGate, examine_labels, examine_vessels, rejections, vessel_reference
 from custom.runs.locks import lock_folder
+from custom.synthesis import JudgeRenderingd
 from custom.synthesis.cases import synthesis_cases
+from custom.volumes.intensity import label_statistics
 from helpers import BUNDLE, TINY, fails_with, other_process, template_of, workflow_of
+from scipy import ndimage
 
 CONFIGS = ("inference.json", "synthesize.json")
 MAPPING = {"from": [11], "to": [0]}
@@ -172,6 +175,21 @@ def test_two_processes_make_what_one_makes(workflow, settings, finished, tmp_pat
             np.testing.assert_array_equal(*values)
 
 
+def test_records_tell_of_vessels_as_the_files_show_them(finished, cohort):
+    """Within the rounding of the HU that are written."""
+    on_grid = {"thin_labels": [9], "spacing_mm": [3.0] * 3}
+    own = vessel_reference(*(values(cohort / f"{key}s/subject_001.nii.gz") for key in ("image", "label")), **on_grid)
+    for item in json.loads((finished / "datalist.json").read_text())["training"]:
+        image, label = (values(finished / item[key]) for key in ("image", "label"))
+        expected = examine_vessels(image, label, template=own, **on_grid)
+        measures = json.loads((finished / item["record"]).read_text())["measures"]
+        assert expected == {name: pytest.approx(measures[name], abs=0.02) for name in expected}
+
+
+def values(file):
+    return np.asarray(nib.load(file).dataobj)
+
+
 def test_a_changed_mask_is_rendered_anew_and_a_broken_record_too(workflow, settings, masks, out):
     before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     original = (masks / "mask_2.nii.gz").read_bytes()
@@ -202,7 +220,7 @@ def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, ma
 def test_a_template_without_contrast_in_its_vessels_cannot_ask_for_any():
     image, label = painted(vessel_hu=-60.0)
     means = [*MEANS[:9], -70.0, np.nan]
-    measures = examine(image, label, template_statistics=table(means), template=None, thin_labels=[9])
+    measures = examined(image, label, template_statistics=table(means), template=None, thin_labels=[9])
     assert np.isnan(measures["vessel_contrast"])
     assert np.isnan(measures["vessel_continuity"])
     assert rejections(measures, 5.0, ImageGate.from_config({"plausible_hu": None})) == []
@@ -298,6 +316,21 @@ def painted(vessel_hu=300.0, chamber_hu=400.0):
     return image, label
 
 
+def examined(image, label, *, template_statistics, template, thin_labels):
+    """All that is measured of an image on the grid of its template, whose vessels have the mean of the statistics."""
+    statistics, on_grid = np.asarray(template_statistics), {"thin_labels": thin_labels, "spacing_mm": [1.5] * 3}
+    own = vessel_reference(*(template or painted()), **on_grid)
+    own = own._replace(mean_hu=float(statistics[thin_labels, 0].mean()))
+    labels = examine_labels(
+        image,
+        label,
+        template_statistics=template_statistics,
+        template_image=template[0] if template else None,
+        thin_labels=thin_labels,
+    )
+    return labels | examine_vessels(image, label, template=own, **on_grid)
+
+
 def table(means):
     """Means with an SD of 10 HU each."""
     return [[mean, 10.0] for mean in means]
@@ -308,7 +341,7 @@ MEANS = [-60.0, np.nan, np.nan, 400.0, *[np.nan] * 5, 300.0, np.nan]
 
 def test_measures_of_a_perfect_image_are_those_of_its_template():
     image, label = painted()
-    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    measures = examined(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["label_error_hu"] == {3: pytest.approx(0)}
     assert measures["vessel_contrast"] == pytest.approx(1)
     assert measures["vessel_continuity"] == 1
@@ -320,7 +353,7 @@ def test_faint_broken_and_copied_images_are_named():
     image, label = painted(vessel_hu=60.0)
     image[20:22, 20:22, 14:26] = -60
     noise = np.random.default_rng(0).normal(0, 20, image.shape).astype(np.float32)
-    measures = examine(
+    measures = examined(
         image + noise, label, template_statistics=table(MEANS), template=(image + noise, label), thin_labels=[9]
     )
     gate = ImageGate(plausible_hu={3: (500.0, 600.0)}, max_score_hu=3.0)
@@ -340,10 +373,10 @@ def test_vessels_one_voxel_wide_are_continuous_too():
     label = np.zeros((20, 20, 30), np.int64)
     label[10, 10, 3:27] = 9
     image = np.where(label == 9, 300.0, -60.0).astype(np.float32)
-    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    measures = examined(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["vessel_continuity"] == 1
     image[10, 10, 12:18] = -60
-    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    measures = examined(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["vessel_continuity"] == pytest.approx(1 - 6 / 24, abs=2.1 / 24)
 
 
@@ -352,17 +385,74 @@ def test_an_image_need_not_show_more_of_its_vessels_than_its_template():
     image[20:22, 20:22, 15:26] = -60  # half of the branch has faded, in the image and in the template
     means = [*MEANS[:9], float(image[label == 9].mean()), np.nan]
     alone, beside = (
-        examine(image, label, template_statistics=table(means), template=template, thin_labels=[9])["vessel_continuity"]
+        examined(image, label, template_statistics=table(means), template=template, thin_labels=[9])
         for template in (None, (image, label))
     )
-    assert alone == pytest.approx(0.5, abs=0.06)
-    assert beside == 1
+    assert alone["vessel_continuity"] == pytest.approx(0.5, abs=0.06)
+    assert beside["vessel_continuity"] == 1
+
+
+NATIVE_MM = 0.5
+
+
+def native(vessel_hu=320.0):
+    """A coronary of 2 mm that winds beside a chamber, in voxels of 0.5 mm."""
+    x, y, z = np.meshgrid(*[NATIVE_MM * np.arange(n) for n in (60, 63, 90)], indexing="ij")
+    label = np.zeros(x.shape, np.int64)
+    label[x < 8] = 3
+    label[(x - 17 - 3 * np.sin(z / 8)) ** 2 + (y - 15 - 3 * np.cos(z / 8)) ** 2 < 1] = 9
+    image = np.select([label == 9, label == 3], [vessel_hu, 400.0], -80.0)
+    return (image + np.random.default_rng(0).normal(0, 20, image.shape)).astype(np.float32), label
+
+
+def through_model(image):
+    """An image in voxels of 0.5 mm as it comes back from a grid of 1.5 mm: blocks are averaged, then interpolated."""
+    blocks = ndimage.uniform_filter(image, 3)[1::3, 1::3, 1::3]
+    return ndimage.zoom(blocks, 3, order=1, mode="nearest", grid_mode=True).astype(np.float32)
+
+
+def test_vessels_that_blur_away_on_the_grid_of_the_mask_are_rejected():
+    image, label = native()
+    on_grid = {"thin_labels": [9], "spacing_mm": [NATIVE_MM] * 3}
+    own = vessel_reference(image, label, **on_grid)
+    assert own.mean_hu == pytest.approx(320, abs=1)
+    assert own.continuity == 1
+    sharp, blurred = (
+        examine_vessels(volume, label, template=own, **on_grid) for volume in (image, through_model(image))
+    )
+    assert sharp == {"vessel_contrast": pytest.approx(1), "vessel_continuity": 1}
+    assert blurred["vessel_contrast"] < 0.5
+    assert blurred["vessel_continuity"] < 0.4
+
+
+def test_vessels_are_judged_as_written_and_labels_as_drawn(tmp_path):
+    """Mask and template are files in voxels of 0.5 mm, with the id that the user has for vessels; axes are turned."""
+    image, label = native()
+    files = {key: str(tmp_path / f"{key}.nii.gz") for key in ("image", "label")}
+    affine = np.diag([-NATIVE_MM, NATIVE_MM, NATIVE_MM, 1])
+    nib.save(nib.Nifti1Image(image, affine), files["image"])
+    nib.save(nib.Nifti1Image(np.where(label == 9, 12, label).astype(np.uint8), affine), files["label"])
+    case = {"case": "a", "label": files["label"], "template_image": files["image"], "template_label": files["label"]}
+    coarse = [torch.from_numpy(volume[1::3, 1::3, 1::3].copy())[None] for volume in (image, label)]
+    item = {"case": "a", "score": 1.0, "label": coarse[1], "drawn": coarse[0], "template_image": coarse[0].flip(3)}
+    item["statistics"] = label_statistics(*coarse, 11)
+    limits = {"plausible_hu": None, "max_label_sd_ratio": None}
+    mapping = {"from": [12], "to": [9]}
+    judge = JudgeRenderingd(limits, thin_labels=[9], cases=[case], label_mapping=mapping)
+    sharp, blurred = (judge({**item, "pred": torch.from_numpy(v)[None]}) for v in (image, through_model(image)))
+    assert sharp["rejected"] == []
+    assert sharp["measures"]["vessel_contrast"] == pytest.approx(1)
+    assert [line.split(":")[0] for line in blurred["rejected"]] == ["min_vessel_contrast", "min_vessel_continuity"]
+    assert sharp["measures"]["label_error_hu"] == blurred["measures"]["label_error_hu"] == {3: 0.0}
+    Path(files["image"]).unlink()  # what is known of the template is not read again
+    varied = judge({**item, "pred": torch.from_numpy(image)[None], "mean_change_hu": torch.full((11,), 100.0)})
+    assert varied["measures"]["vessel_contrast"] == pytest.approx(400 / 500, abs=0.01)
 
 
 def test_a_label_drowned_in_noise_is_named():
     image, label = painted()
     noise = np.random.default_rng(0).normal(0, 30, image.shape).astype(np.float32)
-    measures = examine(image + noise, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    measures = examined(image + noise, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert measures["label_sd_ratio"] == {3: pytest.approx(3, rel=0.1)}
     assert [line.split(" times")[0] for line in rejections(measures, 5.0, ImageGate())] == [
         f"max_label_sd_ratio: label 3 has {measures['label_sd_ratio'][3]:.1f}"
@@ -371,7 +461,7 @@ def test_a_label_drowned_in_noise_is_named():
 
 def test_a_label_off_its_template_is_named():
     image, label = painted(chamber_hu=300.0)
-    measures = examine(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
+    measures = examined(image, label, template_statistics=table(MEANS), template=None, thin_labels=[9])
     assert rejections(measures, 5.0, ImageGate()) == ["max_label_error_hu: label 3 is -100 HU off its template"]
 
 
