@@ -158,8 +158,10 @@ class Surroundingsd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Measure one item, which holds `image` (structure), `label` and `statistics`."""
         image, label = as_batch(data["image"]), as_batch(data["label"])
+        spacing, size = spacing_of(data["label"]), image.shape[2:]
         difference = image - _painted(label, data["statistics"], self.nominal_hu)
-        return {**data, "surroundings": on_grid_of(low_pass(difference, spacing_of(data["label"])), data["label"])}
+        drawn = refined(coarsened(difference, spacing, cells_over(size, spacing)), size, spacing)
+        return {**data, "surroundings": on_grid_of(drawn, data["label"])}
 
 
 class DrawCoarsed(Transform):
@@ -187,8 +189,14 @@ class DrawCoarsed(Transform):
         size, device = label.shape[2:], self.network.alphas_cumprod.device
         cells = cells_over(size, spacing)
         painted = _painted(label, data["statistics"], self.nominal_hu)
-        told = coarsened(painted, spacing, cells) if self.mode == "mask_only" else None
-        context = coarse_context(told, coarsened((label > 0).float(), spacing, cells)).to(device)
+        told = coarsened(painted, spacing, cells)
+        context = coarse_context(
+            told if self.mode == "mask_only" else None, coarsened((label > 0).float(), spacing, cells)
+        )
         noise = case_noise((1, 1, *cells), self.seed, f"coarse of {data['case']}").to(device)
-        drawn = refined(self.network.eval().draw(context, noise, self.times).cpu(), size, spacing)
-        return {**data, "surroundings": on_grid_of(drawn - low_pass(painted, spacing), data["label"])}
+        drawn = self.network.eval().draw(context.to(device), noise, self.times).cpu()
+        if self.mode == "mask_only":
+            surroundings = refined(drawn - told, size, spacing)
+        else:  # exactly what `PaintPriord` adds, so that nothing of the mask stays
+            surroundings = refined(drawn, size, spacing) - low_pass(painted, spacing)
+        return {**data, "surroundings": on_grid_of(surroundings, data["label"])}
