@@ -61,7 +61,7 @@ def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def template_chain(labels: Sequence[int], spacing_mm: Sequence[float]) -> Compose:
+def template_chain(labels: Sequence[int]) -> Compose:
     """What inference.json makes of a template: split into structure and grain, measured, aligned to the target."""
     keys = {"image_key": "template_image", "label_key": "template_label"}
     return Compose(
@@ -69,7 +69,7 @@ def template_chain(labels: Sequence[int], spacing_mm: Sequence[float]) -> Compos
             SplitNoised(**keys),
             MeasureGraind(**keys),
             LabelStatisticsd(**keys, num_labels=ANATOMY.num_labels),
-            AlignTemplated(labels=labels, spacing_mm=spacing_mm),
+            AlignTemplated(labels=labels),
         ]
     )
 

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = ["validation", "test"]
 CHAMBERS = [2, 3, 4, 5]
+SPACING_MM = [1.5, 1.5, 1.5]  # of the phantoms
 MARGIN_MM = 12.0  # around the heart, as in measure_set.json
 PATCHES = 24  # of a case, as `custom.evaluation.sets` draws
 Item = dict[str, Any]
@@ -66,7 +67,7 @@ class World:
     def __init__(self, dataset_dir: str, folder: Path) -> None:
         self.datalist, self.folder = str(Path(dataset_dir) / "datalist.json"), folder
         self.config = ConfigParser(json.loads(TRAIN_CONFIG.read_text()))
-        self.spacing_mm = self.config["spacing_mm"]
+        self.spacing_mm = SPACING_MM
 
     def _read(self, *pairs: Sequence[str]) -> Compose:
         mapping = self.config["label_mapping"]
@@ -87,7 +88,7 @@ class World:
         make = Compose(
             [
                 self._read(("image", "label"), ("template_image", "template_label")),
-                template_chain(ANATOMY.aligning, self.spacing_mm),
+                template_chain(ANATOMY.aligning),
                 PaintPriord(nominal_hu=ANATOMY.nominal_hu, thin_labels=ANATOMY.thin),
             ]
         )

@@ -81,7 +81,7 @@ def pair(case: int) -> tuple[dict[str, Any], np.ndarray]:
     volumes = {"image": target.image, "label": target.label, "clean": target.clean}
     volumes |= {"template_image": template.image, "template_label": template.label}
     item = {key: torch.from_numpy(volume.astype(np.float32))[None] for key, volume in volumes.items()}
-    guide = template_chain([1, 2, 3, 4, 5, 6, 7], SPACING)
+    guide = template_chain([1, 2, 3, 4, 5, 6, 7])
     return guide({**item, "case": f"ssv_{case}"}), target.label  # type: ignore[return-value]
 
 

@@ -51,7 +51,7 @@ def main(ckpt_dir: str, templates: int = 8, masks: int = 4) -> None:
     """Render, measure, draw; write template_following .json to benchmarks/results and .png to docs/pictures."""
     parser = trained_renderer(ckpt_dir)
     network, inferer, finish = (parser.get_parsed_content(name) for name in ("network_def", "inferer", "finish"))
-    guide = template_chain(LABELS, [SPACING_MM] * 3)
+    guide = template_chain(LABELS)
     paint = PaintPriord(nominal_hu=parser.get_parsed_content("labels").nominal_hu, thin_labels=[VESSEL])
 
     def render(label: np.ndarray, image: np.ndarray, own: np.ndarray) -> np.ndarray:

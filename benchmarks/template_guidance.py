@@ -142,7 +142,7 @@ class _Crops:
 def test_pairs(parser: ConfigParser, cases: int) -> list[dict[str, Any]]:
     """Held-out phantoms, each with another anatomy in the same appearance as its template, used as in inference."""
     spacing_mm = parser.get_parsed_content("spacing_mm")
-    guide = template_chain([1, 2, 3, 4, 5, 6, 7], spacing_mm)
+    guide = template_chain([1, 2, 3, 4, 5, 6, 7])
     pairs = []
     for case in range(cases):
         target, template = (

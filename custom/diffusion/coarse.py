@@ -15,6 +15,7 @@ from custom.diffusion.formulas import probability_flow
 from custom.diffusion.noise import HU_RANGE
 from custom.geometry.deformation import sample
 from custom.volumes.grids import crop_to, pad_to_multiple, resample_cubic
+from custom.volumes.haar import haar_pack, haar_unpack
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from scipy import ndimage
@@ -25,7 +26,7 @@ CELL_MM = 6.0
 _BLUR_MM = 4.0  # ours, of the low-pass: 6 mm then hold it to 6 to 8 HU RMS on phantoms (3 mm: 14 to 17)
 _MEAN_HU, _SD_HU = -250.0, 450.0  # of phantoms with lungs and air around, so that what is diffused has unit variance
 _PAINT_UNIT_HU = 500.0
-_MULTIPLE = 4  # of two halvings
+_MULTIPLE = 4  # of the two halvings of the network
 _FIELD_CELLS = 32  # 192 mm, ours: the field that is drawn at least, since the network was trained on that
 
 
@@ -87,6 +88,8 @@ def standardised(coarse_hu: torch.Tensor) -> torch.Tensor:
 class CoarseUNet(nn.Module):
     """Predicts the velocity of a coarse image: MONAI's `DiffusionModelUNet`, told the painted mask beside it.
 
+    As the fine network it works on Haar-packed volumes, which costs a fifth.
+
     Args:
         channels: of each level; attention on the last one lets the halves of a thorax agree.
         num_res_blocks: of each level.
@@ -97,17 +100,17 @@ class CoarseUNet(nn.Module):
     def __init__(
         self,
         *,
-        channels: Sequence[int] = (24, 48, 96),
+        channels: Sequence[int] = (48, 96),
         num_res_blocks: int = 1,
         norm_num_groups: int = 8,
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
-        self.size_multiple = 2 ** (len(channels) - 1)
+        self.size_multiple = 2 ** len(channels)
         self.unet = DiffusionModelUNet(
             spatial_dims=3,
-            in_channels=3,
-            out_channels=1,
+            in_channels=8 * 3,
+            out_channels=8,
             channels=tuple(channels),
             num_res_blocks=num_res_blocks,
             attention_levels=(*[False] * (len(channels) - 1), True),
@@ -132,8 +135,8 @@ class CoarseUNet(nn.Module):
             timesteps = torch.full((len(x),), len(self.alphas_cumprod) - 1, device=x.device)
         if context is None:
             context = coarse_context(None, x)
-        told = pad_to_multiple(torch.cat([x, context], 1), self.size_multiple)
-        return crop_to(self.unet(told, timesteps), x.shape[2:])
+        told = haar_pack(pad_to_multiple(torch.cat([x, context], 1), self.size_multiple))
+        return crop_to(haar_unpack(self.unet(told, timesteps)), x.shape[2:])
 
     @torch.no_grad()
     def draw(self, context: torch.Tensor, noise: torch.Tensor, times: Sequence[int]) -> torch.Tensor:

@@ -8,9 +8,11 @@ import torch
 from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird, near_labels
 from custom.geometry.deformation import sample
 from custom.volumes.intensity import label_statistics
+from monai.data import MetaTensor
 
 SIZE = (24, 22, 20)
 SPACING_MM = [3.0, 3.0, 3.0]
+AFFINE = torch.diag(torch.tensor([*SPACING_MM, 1.0], dtype=torch.float64))
 LEVELS_HU = torch.tensor([-50.0, 100.0, 350.0])
 ABSENT = (300.0, 12.0)  # statistics of label 3, which lies outside the crop
 QUIET = {"contrast_shift_hu": 0.0, "label_shift_hu": 0.0, "blur_voxels": (0.0, 0.0)}
@@ -38,9 +40,10 @@ def make_item(label=None, structure=None, texture_hu=20.0, grain=None):
 
 
 def pair(item, seed=0, **options):
-    transform = RandTemplatePaird(spacing_mm=SPACING_MM, **options)
+    transform = RandTemplatePaird(**options)
     transform.set_random_state(seed=seed)
-    return transform(item)
+    result = transform({**item, "label": MetaTensor(item["label"], affine=AFFINE)})
+    return {**result, "label": result["label"].as_tensor()}
 
 
 def means(image, label):
@@ -204,7 +207,6 @@ def test_motion_fades_away_from_the_labels_where_the_deformed_target_has_them():
     label = torch.zeros(1, 1, 32, 16, 16)
     label[:, :, 10:16] = 1
     transform = RandTemplatePaird(
-        spacing_mm=SPACING_MM,
         target_amplitude_mm=60.0,
         template_amplitude_mm=(4.0, 4.0),
         reach_mm=4.0,
@@ -212,7 +214,7 @@ def test_motion_fades_away_from_the_labels_where_the_deformed_target_has_them():
     )
     transform.set_random_state(seed=0)
     transform.randomize(2)
-    target, template = transform._coordinates(label)
+    target, template = transform._coordinates(label, SPACING_MM)
     near = near_labels(label, 4.0, SPACING_MM)
     away = sample(near, target) < 1e-4
     assert (away & (near > 0.2)).sum() > 50  # the target has moved
@@ -222,7 +224,7 @@ def test_motion_fades_away_from_the_labels_where_the_deformed_target_has_them():
 
 
 def test_pairs_drawn_at_random_are_undeformed_as_often_as_asked():
-    transform = RandTemplatePaird(spacing_mm=SPACING_MM, undeformed_prob=0.3, template_amplitude_mm=(1.0, 2.0))
+    transform = RandTemplatePaird(undeformed_prob=0.3, template_amplitude_mm=(1.0, 2.0))
     transform.set_random_state(seed=0)
     deformed, amplitudes = [], []
     for _ in range(1000):

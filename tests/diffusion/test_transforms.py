@@ -391,7 +391,7 @@ def test_statistics_are_measured_on_the_named_pair():
 
 def test_a_template_on_its_own_mask_stays_where_it_is():
     item = make_item() | {"label": template()}
-    result = AlignTemplated(labels=[1, 2], spacing_mm=[2.0] * 3)(item)
+    result = AlignTemplated(labels=[1, 2])(item)
     assert (result["template_label"] != item["template_label"]).float().mean() < 0.01
     difference = (result["template_image"] - item["template_image"]).as_tensor()[item["template_label"] == 1]
     assert difference.abs().median() < 5
@@ -404,7 +404,7 @@ def test_a_shifted_template_is_carried_onto_the_target_grid():
     box(moved, 1, (8, 3, 3), (15, 9, 10))
     strength = torch.arange(18.0).view(1, 18, 1, 1).expand(1, *size)
     item = {"label": volume(label), "template_label": volume(moved), "template_image": volume(400 * moved)}
-    result = AlignTemplated(labels=[1], spacing_mm=[2.0] * 3)({**item, "grain_sd": volume(strength)})
+    result = AlignTemplated(labels=[1])({**item, "grain_sd": volume(strength)})
     for key in ("template_label", "template_image", "grain_sd"):
         assert result[key].shape == (1, *SIZE)
         assert torch.equal(result[key].affine, AFFINE)
@@ -419,7 +419,7 @@ def test_labels_that_do_not_drive_the_alignment_do_not_count_as_shared():
     with pytest.raises(
         ValueError, match=r"case.nii.gz and template /data/case.nii.gz share none of the labels \[7, 9\]"
     ):
-        AlignTemplated(labels=[7, 9], spacing_mm=[2.0] * 3)(make_item())
+        AlignTemplated(labels=[7, 9])(make_item())
 
 
 # Contrast
