@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from custom.diffusion.coarse import low_pass
 from custom.diffusion.context import MODES, Context
 from custom.diffusion.grain import AddGraind, MeasureGraind, SplitNoised
 from custom.diffusion.noise import case_noise
@@ -57,6 +58,7 @@ def make_item():
         "template_label": label,
         "statistics": STATISTICS,
         "grain_sd": volume(20 + noise(1, *SIZE, seed=2)),
+        "surroundings": volume(30 * noise(1, *SIZE, seed=3)),
         "case": "a",
     }
 
@@ -88,19 +90,27 @@ def test_with_a_template_labels_wear_its_statistics_and_the_background_is_its_ow
     assert torch.equal(context["prior_hu"][outside], item["template_image"][0].as_tensor()[outside])
 
 
-def test_by_the_mask_alone_labels_wear_nominal_values_on_a_flat_background():
-    label = target()[0].as_tensor()
-    context = channels(paint("mask_only"))
+def test_by_the_mask_alone_labels_wear_the_statistics_in_drawn_surroundings():
+    item = make_item()
+    label = item["label"][0].as_tensor()
+    context = channels(paint("mask_only", item))
     assert torch.equal(context["target_label"], label)
-    assert torch.equal(context["prior_hu"], torch.tensor(NOMINAL_HU)[label.long()])
+    means = torch.cat([torch.tensor(NOMINAL_HU[:1]), STATISTICS[1:, 0]])
+    assert torch.equal(context["prior_hu"], means[label.long()] + item["surroundings"][0].as_tensor())
     assert context["template_label"].unique().tolist() == [-1]
     assert not context["template_image_hu"].any()
 
 
-def test_unconditional_context_tells_nothing():
-    context = channels(paint("unconditional"))
-    expected = dict(zip(Context._fields, (-1, 0, -1, NOMINAL_HU[0]), strict=True))
-    assert {name: part.unique().tolist() for name, part in context.items()} == {k: [v] for k, v in expected.items()}
+def test_unconditional_context_tells_nothing_but_the_coarse_image():
+    coarse = 100 * noise(1, 1, *SIZE)
+    item = make_item()
+    means = torch.cat([torch.tensor(NOMINAL_HU[:1]), STATISTICS[1:, 0]])
+    painted = low_pass(means[item["label"].as_tensor().long()][None], [2.0] * 3)
+    item["surroundings"] = volume(coarse[0] - painted[0])
+    context = channels(paint("unconditional", item))
+    assert torch.allclose(context.pop("prior_hu"), coarse[0, 0], atol=1e-3)
+    expected = {"target_label": [-1], "template_image_hu": [0], "template_label": [-1]}
+    assert {name: part.unique().tolist() for name, part in context.items()} == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,7 +120,8 @@ def test_the_network_reads_the_mode_from_the_context(mode):
 
 @pytest.mark.parametrize("mode", ["mask_only", "unconditional"])
 def test_without_a_template_no_template_is_asked_for(mode):
-    alone = paint(mode, {"label": target()})
+    item = make_item()
+    alone = paint(mode, {key: item[key] for key in ("label", "statistics", "surroundings")})
     assert torch.equal(alone["context"], paint(mode)["context"])
 
 
