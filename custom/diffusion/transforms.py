@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from custom.diffusion.coarse import low_pass
 from custom.diffusion.context import MODES, Context
-from custom.diffusion.prior import complete_statistics, fitted_template, paint_prior, template_background
+from custom.diffusion.prior import bed_vessels, complete_statistics, fitted_template, paint_prior, template_background
 from custom.geometry.deformation import sample
 from custom.geometry.registration import template_coordinates
 from custom.runs.files import content_hash
@@ -197,6 +197,8 @@ class PaintPriord(Transform):
         if mode == "template":
             template, template_label = as_batch(data["template_image"]), as_batch(data["template_label"])
         if mode == "template" and self.use_prior:
+            spacing = spacing_of(data["label"])
+            template = bed_vessels(template, template_label, label, self.thin_labels, spacing)
             background = template_background(template, template_label)
             prior = paint_prior(label, self._means(data, label), background)
             template = fitted_template(template, template_label, label, prior, self.thin_labels)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from custom.diffusion.prior import complete_statistics, fill_holes, paint_prior, template_background
+from custom.diffusion.prior import bed_vessels, complete_statistics, fill_holes, paint_prior, template_background
 
 SHAPE = (40, 36, 33)
 
@@ -118,3 +118,17 @@ def test_background_does_not_shift_missing_labels():
 def test_nominal_table_of_another_length_is_refused():
     with pytest.raises(ValueError, match="nominal_hu: one value for each of the 3 labels is needed, got 2"):
         complete_statistics(torch.zeros(3, 2), [1.0, 2.0])
+
+
+def test_vessels_that_come_to_lie_in_the_lung_of_a_template_get_a_bed_of_soft_tissue():
+    image, nothing = torch.full((1, 1, 24, 20, 20), -850.0), torch.zeros(1, 1, 24, 20, 20)
+    image[:, :, :8] = -80
+    target = nothing.clone()
+    target[:, :, 12, 10, :] = 3
+    bedded = bed_vessels(image, nothing, target, [3], [1.5] * 3)
+    around = torch.nn.functional.max_pool3d(target, 5, 1, 2) > 0
+    assert (bedded[around] == -80).all()
+    assert torch.equal(bedded[~around], image[~around])
+    assert torch.equal(bed_vessels(image, nothing, target, [], [1.5] * 3), image)
+    covered = torch.ones_like(nothing)  # what a template labels is not its lung
+    assert torch.equal(bed_vessels(image, covered, target, [3], [1.5] * 3), image)
