@@ -1,0 +1,101 @@
+"""What rendering one case costs a user, from the command to the files: seconds and peak memory, by size, mode and steps.
+
+    python benchmarks/case_cost.py
+
+Each row is the command of docs/GENERATOR.md in a process of its own, start of Python included, with the shipped weights.
+Volumes are phantoms stretched to the sizes; at 0.35 x 0.35 x 0.5 mm the model works at 0.8 mm, at 1.5 mm as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import nibabel as nib
+import numpy as np
+from common import RESULTS, TRAIN_CONFIG, machine
+from custom.phantom.cohort import make_subject
+from custom.runs.files import write_json
+from custom.volumes.headers import placed_image
+from scipy import ndimage
+
+logger = logging.getLogger(__name__)
+
+BUNDLE = TRAIN_CONFIG.parent.parent
+SIZES = {  # voxels, mm
+    "96": ((96, 96, 96), (1.5, 1.5, 1.5)),
+    "256": ((256, 256, 256), (0.5625, 0.5625, 0.5625)),
+    "512x512x275": ((512, 512, 275), (0.35, 0.35, 0.5)),
+}
+MEAN, NO_TEMPLATE = {"sample_strength": 0.0}, {"mode": "mask_only"}
+RUNS = [
+    *[("96", {"sample_strength": 1.0, "sampling_steps": steps}) for steps in (1, 2, 4, 10)],
+    ("96", MEAN),
+    *[("96", {**NO_TEMPLATE, "sampling_steps": steps, "coarse_steps": 2 * steps}) for steps in (1, 2, 4, 10)],
+    ("96", {"mode": "unconditional"}),
+    ("256", MEAN),
+    ("256", {**NO_TEMPLATE, "sampling_steps": 4}),
+    ("512x512x275", MEAN),
+    ("512x512x275", {"spacing_mm": [1.5, 1.5]}),
+]
+
+
+def make_volumes(folder: Path, size: str) -> None:
+    """Two phantoms, stretched: image_0, label_0 (the template) and label_1 (the mask)."""
+    shape, spacing = SIZES[size]
+    folder.mkdir()
+    for index in range(2):
+        subject = make_subject(3, index)
+        for kind, values, order in (("image", subject.image, 1), ("label", subject.label, 0)):
+            zoom = [n / m for n, m in zip(shape, values.shape, strict=True)]
+            large = ndimage.zoom(values, zoom, order=order)
+            nib.save(placed_image(large, np.diag([*spacing, 1.0])), folder / f"{kind}_{index}.nii.gz")
+
+
+def render(folder: Path, output: Path, options: dict[str, Any]) -> dict[str, float]:
+    """Seconds and peak GiB of one command."""
+    templates = [{"image": str(folder / "image_0.nii.gz"), "label": str(folder / "label_0.nii.gz")}]
+    given = {"target_masks": [str(folder / "label_1.nii.gz")], "templates": templates, "output_dir": output, **options}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs/inference.json")]
+    command += ["--bundle_root", str(BUNDLE), *(part for k, v in given.items() for part in (f"--{k}", str(v)))]
+    start = time.perf_counter()
+    with (output.parent / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command} failed:\n{(output.parent / 'log.txt').read_text()[-2000:]}")
+    return {"seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
+
+
+def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_cost.json")) -> None:
+    """Measure, print the table and write JSON.
+
+    Args:
+        sizes: of SIZES.
+        out: JSON file.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for size in sizes:
+            make_volumes(Path(name) / size, size)
+            for index, (of_size, options) in enumerate(RUNS):
+                if of_size == size:
+                    rows.append({"size": size, **options, **render(Path(name) / size, Path(name) / f"{index}", options)})
+                    logger.info("%s", rows[-1])
+    write_json(Path(out), {"machine": machine(), "rows": rows})
+    print("| size | options | s | GiB |\n|---|---|---|---|")
+    for row in rows:
+        given = {k: v for k, v in row.items() if k not in ("size", "seconds", "peak_gib")}
+        print(f"| {row['size']} | {given} | {row['seconds']:.0f} | {row['peak_gib']:.1f} |")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    fire.Fire(run)
