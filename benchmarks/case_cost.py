@@ -87,7 +87,9 @@ def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_co
             make_volumes(Path(name) / size, size)
             for index, (of_size, options) in enumerate(RUNS):
                 if of_size == size:
-                    rows.append({"size": size, **options, **render(Path(name) / size, Path(name) / f"{index}", options)})
+                    rows.append(
+                        {"size": size, **options, **render(Path(name) / size, Path(name) / f"{index}", options)}
+                    )
                     logger.info("%s", rows[-1])
     write_json(Path(out), {"machine": machine(), "rows": rows})
     print("| size | options | s | GiB |\n|---|---|---|---|")

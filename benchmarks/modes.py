@@ -123,18 +123,14 @@ def run(
     ]
     table["mask_only"] |= {"plausible": float(np.mean(inside)), "label_sd_hu": np.nanstd(means, 0).tolist()}
 
-    seeds = [
-        _render("mask_only", held_out[:1], work / f"seed_{s}", ckpt_dir, seed=s)[0] for s in range(SEEDS)
-    ]
+    seeds = [_render("mask_only", held_out[:1], work / f"seed_{s}", ckpt_dir, seed=s)[0] for s in range(SEEDS)]
     drawn = _render("unconditional", held_out[:unconditional], work / "unconditional", ckpt_dir)
     images = {"images": str([str(path) for path in drawn]), "output_dir": work / "segmented"}
     segmented = [work / "segmented" / path.name.replace(".nii.gz", "_seg.nii.gz") for path in drawn]
     once(segmented[-1], lambda: bundle_run("run", SEGMENTER, ["inference.json"], **images))
     usual = np.array([_volumes_ml(case["label"]) for case in load_cases(world.datalist, "training")])
     low, high = RANGE[0] * usual.min(0), RANGE[1] * usual.max(0)
-    found = [
-        {k: bool(low[k] <= volumes[k] <= high[k]) for k in FOUND} for volumes in map(_volumes_ml, segmented)
-    ]
+    found = [{k: bool(low[k] <= volumes[k] <= high[k]) for k in FOUND} for volumes in map(_volumes_ml, segmented)]
     training = np.array([_core(case["image"]) for case in load_cases(coarse_datalist, "training")])
     others = [case["image"] for case in load_cases(world.datalist, HELD_OUT)[:unconditional]]
     nearest, nearest_real = _nearest(drawn, training), _nearest(others, training)

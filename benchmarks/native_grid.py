@@ -65,9 +65,7 @@ def _rendered(parser: Any, mask: Path, template: dict[str, str]) -> tuple[np.nda
     """Image on the mask's grid, label map on the model's, spacing of that, and seconds."""
     started = time.perf_counter()
     read = parser.get_parsed_content("preprocessing")
-    item = read(
-        {"label": str(mask), "case": mask.name, **{f"template_{k}": v for k, v in template.items()}}
-    )
+    item = read({"label": str(mask), "case": mask.name, **{f"template_{k}": v for k, v in template.items()}})
     network, inferer = parser.get_parsed_content("network"), parser.get_parsed_content("inferer")
     drawn = inferer(item["context"][None], network, [item["case"]])[0]
     item["pred"] = MetaTensor(drawn, meta=item["label"].meta)
@@ -119,7 +117,7 @@ def run(
                 row |= {"line_ratio": found["line_hu"] / own[source]["line_hu"], "pieces": pieces}
                 rows.append(row)
                 logger.info("%s", row)
-                if k == 0:
+                if k == 0 and source != name:
                     sheet.append((f"{name} from {source} at {spacing} mm", image, scans[name][1]))
     table = []
     for spacing in spacings:

@@ -7,7 +7,13 @@ from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
-from custom.diffusion.training import HeldOutLoss, MomentsFirst, PrepareRendering, PrepareResidualDiffusion, PrepareVelocity
+from custom.diffusion.training import (
+    HeldOutLoss,
+    MomentsFirst,
+    PrepareRendering,
+    PrepareResidualDiffusion,
+    PrepareVelocity,
+)
 from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord, RandPaintPriord, VaryContrastd
 
 __all__ = [

@@ -21,7 +21,7 @@ from custom.diffusion.noise import case_noise
 from custom.diffusion.prior import complete_statistics, paint_prior
 from custom.diffusion.schedule import spaced_timesteps
 from custom.geometry.deformation import identity_coordinates, random_velocity
-from custom.volumes.grids import as_batch, spacing_of, on_grid_of, sample_cubic
+from custom.volumes.grids import as_batch, on_grid_of, sample_cubic, spacing_of
 from custom.volumes.reading import file_of
 from monai.data import MetaTensor
 from monai.transforms import Randomizable, Transform

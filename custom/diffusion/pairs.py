@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from custom.diffusion.transforms import shift_labels
 from custom.geometry.deformation import identity_coordinates, random_velocity, sample, sample_labels
-from custom.volumes.grids import as_batch, crop, crop_to, on_device, on_grid_of, pad_to_multiple, sample_cubic, spacing_of
+from custom.volumes.grids import (
+    as_batch,
+    crop,
+    crop_to,
+    on_device,
+    on_grid_of,
+    pad_to_multiple,
+    sample_cubic,
+    spacing_of,
+)
 from custom.volumes.intensity import label_statistics
 from custom.volumes.reading import file_of
 from monai.data import DataLoader

@@ -51,7 +51,7 @@ class VaryContrastd(Transform):
 
     All synthetic volumes of one template look like it. Shifts of whole labels, as in training, are what the generator
     has learnt to follow. Needs `statistics`, and `template_image` and `template_label` where there is a template;
-    changes statistics and image, and adds `mean_change_hu` (num_labels,): by how much the mean of each label has changed.
+    changes statistics and image. With one it adds `mean_change_hu` (num_labels,): by how much the label means change.
 
     Args:
         contrast_shift_hu: SD of a shift common to contrast-filled labels (those above `contrast_above_hu`).

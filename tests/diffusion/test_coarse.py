@@ -85,7 +85,8 @@ def test_velocity_has_the_shape_of_the_image_and_absent_means_unconditional_at_t
 
 
 def test_what_is_told_counts_and_telling_nothing_tells_nothing(network):
-    x, painted, foreground = noise(1, 1, 16, 16, 16), 300 * noise(1, 1, 16, 16, 16, seed=1), torch.rand(1, 1, 16, 16, 16)
+    shape = (1, 1, 16, 16, 16)
+    x, painted, foreground = noise(*shape), 300 * noise(*shape, seed=1), noise(*shape, seed=2).sigmoid()
     told, nothing = coarse_context(painted, foreground), coarse_context(None, foreground)
     assert torch.equal(nothing, coarse_context(None, 1 - foreground))
     assert not torch.allclose(network(x, context=told), network(x, context=nothing))
