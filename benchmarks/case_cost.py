@@ -1,9 +1,9 @@
-"""What rendering one case costs a user, from the command to the files: seconds and peak memory, by size, mode and steps.
+"""What rendering one case costs a user, from the command to the files: seconds and peak memory, by size and mode.
 
     python benchmarks/case_cost.py
 
-Each row is the command of docs/GENERATOR.md in a process of its own, start of Python included, with the shipped weights.
-Volumes are phantoms stretched to the sizes; at 0.35 x 0.35 x 0.5 mm the model works at 0.8 mm, at 1.5 mm as it is.
+Each row is the command of docs/GENERATOR.md with the shipped weights, in a process of its own, start of Python
+included. Volumes are phantoms stretched to the sizes; at 0.35 x 0.35 x 0.5 mm the model works at 0.8 mm, at 1.5 mm as it is.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_co
             make_volumes(Path(name) / size, size)
             for index, (of_size, options) in enumerate(RUNS):
                 if of_size == size:
-                    rows.append(
-                        {"size": size, **options, **render(Path(name) / size, Path(name) / f"{index}", options)}
-                    )
+                    cost = render(Path(name) / size, Path(name) / f"{index}", options)
+                    rows.append({"size": size, **options, **cost})
                     logger.info("%s", rows[-1])
     write_json(Path(out), {"machine": machine(), "rows": rows})
     print("| size | options | s | GiB |\n|---|---|---|---|")

@@ -42,7 +42,7 @@ def low_pass(image_hu: torch.Tensor, spacing_mm: Sequence[float]) -> torch.Tenso
 
 
 def cells_over(size: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
-    """Coarse voxels that cover a field of view: a multiple of 4 along each axis, and at least the 192 mm of training."""
+    """Coarse voxels that cover a field of view: multiples of 4, and at least the 192 mm of training."""
     cells = [n * s / CELL_MM for n, s in zip(size, spacing_mm, strict=True)]
     return [max(_FIELD_CELLS, _MULTIPLE * math.ceil(n / _MULTIPLE)) for n in cells]
 

@@ -144,7 +144,7 @@ def _painted(label: torch.Tensor, statistics: torch.Tensor, nominal_hu: Sequence
 
 
 class Surroundingsd(Transform):
-    """Add `surroundings` of a scan: the low-pass part of its structure less its painted mask, as the coarse stage draws.
+    """Add `surroundings` of a scan: the low-pass part of its structure less its painted mask, as if they were drawn.
 
     That difference does not change when labels change their contrast.
 

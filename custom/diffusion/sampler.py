@@ -72,7 +72,7 @@ def blended(
 class StructDiffInferer(Inferer):
     """Render HU volumes from contexts; large volumes by windows blended at every step, so without seams.
 
-    The times are explicit; between them the deterministic probability flow is followed to second order (`probability_flow`).
+    The times are explicit; between them the probability flow is followed to second order (`probability_flow`).
 
     Memory beyond the volume itself is one window of network activations plus at most `cached_windows` encoded
     conditions.
