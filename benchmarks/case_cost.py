@@ -3,7 +3,8 @@
     python benchmarks/case_cost.py
 
 Each row is the command of docs/GENERATOR.md with the shipped weights, in a process of its own, start of Python
-included. Volumes are phantoms stretched to the sizes; at 0.35 x 0.35 x 0.5 mm the model works at 0.8 mm, at 1.5 mm as it is.
+included. Volumes are phantoms stretched to the sizes; at 0.35 x 0.35 x 0.5 mm the model works at 0.8 mm, at 1.5 mm as
+it is.
 """
 
 from __future__ import annotations
