@@ -177,7 +177,8 @@ def file_hash(file: str) -> str:
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(
-            f"{file}: there is no such file; of weights: train first, or point `ckpt_dir` to a folder with model.pt; "
+            f"{file}: there is no such file; of weights: train first, or point `ckpt_dir` to a folder with "
+            f"{Path(file).name}; "
             "else make it, or correct the option that names it"
         )
     return content_hash(Path(file).read_bytes())
