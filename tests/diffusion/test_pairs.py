@@ -207,10 +207,7 @@ def test_motion_fades_away_from_the_labels_where_the_deformed_target_has_them():
     label = torch.zeros(1, 1, 32, 16, 16)
     label[:, :, 10:16] = 1
     transform = RandTemplatePaird(
-        target_amplitude_mm=60.0,
-        template_amplitude_mm=(4.0, 4.0),
-        reach_mm=4.0,
-        undeformed_prob=0,
+        target_amplitude_mm=60.0, template_amplitude_mm=(4.0, 4.0), reach_mm=4.0, undeformed_prob=0
     )
     transform.set_random_state(seed=0)
     transform.randomize(2)
