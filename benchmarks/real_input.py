@@ -122,9 +122,9 @@ def renderings(
 
 
 def main(data_dir: str, ckpt_dir: str, work_dir: str) -> None:
-    """Render both targets, measure them at the CTA's own 1.5 mm; write benchmarks/results/real_input.json and a picture.
+    """Render both targets, measure them at the CTA's own 1.5 mm; write benchmarks/results/real_input.json.
 
-    The picture shows the Visible Human from its mask of 0.6 mm, so at the model's finest spacing.
+    The picture beside it shows the Visible Human from its mask of 0.6 mm, so at the model's finest spacing.
     """
     data, work = Path(data_dir), Path(work_dir)
     work.mkdir(parents=True, exist_ok=True)
