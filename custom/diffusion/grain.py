@@ -80,7 +80,7 @@ class NominalAppearanced(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Complete one item, which holds `label`."""
-        means = torch.tensor(self.nominal_hu)
+        means = torch.tensor(self.nominal_hu, dtype=torch.float32)
         size = 2 * GRAIN_REACH + 1
         lines = [np.fft.fftfreq(size), np.fft.fftfreq(size), np.fft.rfftfreq(size)]
         edges = spacing_of(data["label"])
