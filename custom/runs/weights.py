@@ -96,14 +96,15 @@ class LoadWeights:
     Args:
         model: the network to fill.
         path: its `model.pt`.
+        option: that defines the network, for the message.
 
     Raises:
         FileNotFoundError: when the file is missing.
         ValueError: when it holds the weights of another network, or such that are not finite.
     """
 
-    def __init__(self, model: torch.nn.Module, path: str) -> None:
-        self.model, self.path = model, path
+    def __init__(self, model: torch.nn.Module, path: str, *, option: str = "network_def") -> None:
+        self.model, self.path, self.option = model, path, option
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -113,7 +114,7 @@ class LoadWeights:
         """Load."""
         if not os.path.isfile(self.path):
             raise FileNotFoundError(
-                f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with model.pt"
+                f"{self.path}: no weights; train first, or point `ckpt_dir` to a folder with {Path(self.path).name}"
             )
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -137,7 +138,7 @@ class LoadWeights:
         """What is said of a file that no network can be filled with."""
         return ValueError(
             f"{self.path}: these are not weights of the configured network ({last_line(error)}); "
-            "use the `network_def` (preset) they were trained with"
+            f"use the `{self.option}` (preset) they were trained with"
         )
 
 
