@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from custom.diffusion.coarse import CoarseUNet
 from custom.phantom.cohort import make
 from helpers import BUNDLE, SEG_BUNDLE, network_of_prior, workflow_of
 from monai.bundle import ConfigWorkflow
@@ -22,9 +23,13 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a network that renders the prior and 10 HU of noise: enough to see where things land."""
+    """Weights of a network that renders the prior and 10 HU of noise: enough to see where things land.
+
+    The coarse stage beside it is that of `TINY_COARSE`, untrained: it draws noise of 450 HU around -250 HU.
+    """
     directory = tmp_path_factory.mktemp("weights")
     torch.save(network_of_prior().state_dict(), directory / "model.pt")
+    torch.save(CoarseUNet(channels=(8, 16)).state_dict(), directory / "coarse.pt")
     return directory
 
 

@@ -88,6 +88,9 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
         "val_cases": 1,
         "sampling_steps": 2,
     }
+    coarse = {key: value for key, value in training.items() if not key.startswith("network_def#")}
+    coarse |= {"network_def#channels": [8, 16], "roi_size": [16, 16, 16]}
+    coarse |= {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / "coarse")}
     template = {key: str(data / f"{key}s/subject_000.nii.gz") for key in ("image", "label")}
     rendering = {
         **TINY_DIFFUSION,
@@ -109,6 +112,9 @@ def _structdiff_cardiac(folder: Path) -> dict[str, Entry]:
 
     return {
         **_trainings(folder, training),
+        "train_coarse": Entry(
+            "training", ("train.json", "train_coarse.json"), "train", coarse, ("models/coarse.pt", "coarse/metrics.csv")
+        ),
         "inference": Entry(
             "run",
             ("inference.json",),

@@ -38,6 +38,10 @@ class TestStructDiffCardiac(BundleTest):
         """The synthetic data set is measured."""
         self.run_entry("measure_set")
 
+    def test_8_train_coarse_config(self) -> None:
+        """The coarse stage is trained from the two training cases."""
+        self.run_entry("train_coarse")
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -6,11 +6,14 @@ import json
 import shutil
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from custom.runs import TrainingPlace
 from helpers import BUNDLE, SEG_BUNDLE, TINY_TRAINING, fails_with, other_process, workflow_of
 from ignite.engine import Events
+from monai.transforms import Compose
 
 TINY = {
     BUNDLE: TINY_TRAINING,
@@ -189,3 +192,24 @@ def test_a_server_in_the_environment_redirects_no_training(bundle, cohort, tmp_p
     training(bundle, cohort, tmp_path, max_epochs=1, mlflow=True).run()
     assert time.monotonic() - begun < 120
     assert (tmp_path / "out/mlflow.db").exists()
+
+
+def test_cases_of_two_spacings_train_together(cohort, tmp_path):
+    cases = []
+    for subject, voxel_mm in (("subject_000", 2.5), ("subject_001", 3.0)):
+        case = {key: f"{subject}_{key}.nii.gz" for key in ("image", "label")}
+        for key, name in case.items():
+            source = nib.load(cohort / f"{key}s/{subject}.nii.gz")
+            nib.save(nib.Nifti1Image(np.asarray(source.dataobj), np.diag([voxel_mm] * 3 + [1])), tmp_path / name)
+        cases.append(case)
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": cases, "validation": cases}))
+    places = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")}
+    options = {**TINY_TRAINING, "max_epochs": 1, "val_cases": 2, "spacing_mm": [2.0, 2.8]}
+    run = workflow_of(BUNDLE)("train.json", **options, **places)
+    read = Compose(run.parser.get_parsed_content("read"))
+    spacings = [read(dict(case))["label"].pixdim[0] for case in run.parser.get_parsed_content("train#data")]
+    np.testing.assert_allclose(spacings, [2.5, 2.8], rtol=1e-4)
+    run.run()
+    state = weights_in(tmp_path)
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+    assert state["regressor.out.2.conv.weight"].any()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from custom.segmentation.cases import pretraining_cases
 from custom.volumes.cases import load_cases
-from helpers import BUNDLE, TINY, fails_with, workflow_of
+from helpers import BUNDLE, TINY, TINY_COARSE, fails_with, workflow_of
 from monai.transforms import Compose
 from scipy.ndimage import label as components
 
@@ -195,7 +195,14 @@ def test_a_header_with_two_places_is_refused_in_every_stage_and_one_form_is_kept
         with fails_with(rule):
             run(build, "train.json", workflow_type="train", **where)
     pair = load_cases(str(datalist), "test")[0]
-    options = {**TINY, "templates": [], "mode": "mask_only", "ckpt_dir": str(weights), "sampling_steps": 1}
+    options = {
+        **TINY,
+        **TINY_COARSE,
+        "templates": [],
+        "mode": "mask_only",
+        "ckpt_dir": str(weights),
+        "sampling_steps": 1,
+    }
     with fails_with(rule):
         run(
             workflow,
