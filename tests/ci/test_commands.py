@@ -89,7 +89,7 @@ OTHER_OPTIONS = {"name", "url", "bundle_dir", "nnodes", "slow", "without_weights
 NO_OPTIONS = {
     *("calibrating", "evaluating", "finalize", "generating", "imports", "initialize", "measuring", "pretraining"),
     *("reporting", "run", "synthesizing", "training"),
-    *("data", "deform_images", "guided", "inferer", "kept", "network", "nothing", "num_labels"),
+    *("coarse_network", "data", "deform_images", "guided", "inferer", "kept", "network", "nothing", "num_labels"),
     *("one_piece_labels", "pair", "resampled", "run_state", "topology_measures"),
     *("two_piece_labels", "use_cuda", "volumes"),
 }
