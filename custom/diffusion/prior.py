@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from scipy import ndimage
 from torch.nn import functional as F
 
-_BED_MM = 3.0  # ours: the fat around coronaries is some millimetres thick
+_BED_MM = (2.0, 4.0)  # ours: the fat around coronaries is some millimetres thick
 _SOFT_TISSUE_HU = (-300.0, 150.0)  # from fat with partial volume to muscle and unenhanced blood
 
 
@@ -43,28 +44,28 @@ def bed_vessels(
     thin_labels: Sequence[int],
     spacing_mm: Sequence[float],
 ) -> torch.Tensor:
-    """Put soft tissue in place of a template's lung within 3 mm of the target's vessels.
+    """Put soft tissue in place of a template's lung around the target's vessels: all of it to 2 mm, none from 4 mm on.
 
     Coronaries run in the fat on a heart. A template's heart has another shape, and where it is smaller its lung would
     lie against them: at 0.8 mm they lost 40 % of their HU to it (docs/FINDINGS.md).
 
     Args:
-        template_hu, template_label, target_label: (B, 1, H, W, D), on one grid.
+        template_hu, template_label, target_label: (1, 1, H, W, D), on one grid.
         thin_labels: ids of vessels.
         spacing_mm: voxel size along each axis.
 
     Returns:
-        (B, 1, H, W, D) HU.
+        (1, 1, H, W, D) HU.
     """
     thin = torch.isin(target_label.round(), torch.tensor(list(thin_labels), dtype=target_label.dtype))
-    reach = [max(1, round(_BED_MM / s)) for s in spacing_mm]
-    near = F.max_pool3d(thin.float(), [2 * n + 1 for n in reach], 1, reach) > 0
-    low, high = _SOFT_TISSUE_HU
-    lung = near & (template_label <= 0) & (template_hu < low)
-    soft = (template_label <= 0) & (template_hu > low) & (template_hu < high)
-    if not bool(lung.any()) or not bool(soft.any()):
+    unlabelled, (low, high) = template_label <= 0, _SOFT_TISSUE_HU
+    soft = unlabelled & (template_hu > low) & (template_hu < high)
+    if not bool(thin.any()) or not bool(soft.any()):
         return template_hu
-    return torch.where(lung, fill_holes(template_hu, soft), template_hu)
+    away_mm = torch.from_numpy(ndimage.distance_transform_edt(~thin[0, 0].numpy(), sampling=spacing_mm))
+    share = ((_BED_MM[1] - away_mm) / (_BED_MM[1] - _BED_MM[0])).clamp(0, 1).float()[None, None]
+    share = share * (unlabelled & (template_hu < low))
+    return template_hu + share * (fill_holes(template_hu, soft) - template_hu) if bool(share.any()) else template_hu
 
 
 def template_background(template_hu: torch.Tensor, template_label: torch.Tensor) -> torch.Tensor:
