@@ -32,7 +32,7 @@ from scipy import ndimage
 logger = logging.getLogger(__name__)
 
 SEED, SHAPE, GRID_MM = 11, (256, 256, 256), 0.5
-SPACINGS_MM = (0.7, 0.8, 1.0, 1.5)
+SPACINGS_MM = (0.8, 1.5)
 THIN = ANATOMY.thin
 
 
