@@ -301,7 +301,7 @@ def reading_chain(
                 spacing_mm=spacing_mm,
                 follow=[*masks, *images][0],
                 thin_labels=thin_labels,
-                linear_keys=[*images, "confidence"],
+                linear_keys=["confidence"],
             )
         )
     return chain

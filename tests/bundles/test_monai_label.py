@@ -242,7 +242,7 @@ def test_label_lies_on_the_grid_of_the_image(bundle, cohort, tmp_path, orientati
     truth = image > VESSEL_HU
     dice = 2 * np.sum(truth & (label == 10)) / (truth.sum() + (label == 10).sum())
     flipped = np.sum(truth & (label[::-1, ::-1] == 10)) / truth.sum()
-    assert dice > 0.75, dice
+    assert dice > 0.7, dice
     assert flipped < 0.6, f"a flipped label must be told apart, {flipped}"
 
 
