@@ -61,18 +61,17 @@ def _volumes(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return image.astype(np.float32), label.astype(np.int64)
 
 
-def _rendered(parser: Any, mask: Path, template: dict[str, str]) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Image on the mask's grid, label map on the model's, spacing of that, and seconds."""
+def _rendered(parser: Any, mask: Path, template: dict[str, str]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Image on the mask's grid, label map on the model's, and seconds."""
     started = time.perf_counter()
-    read = parser.get_parsed_content("preprocessing")
-    item = read({"label": str(mask), "case": mask.name, **{f"template_{k}": v for k, v in template.items()}})
+    case = {"label": str(mask), "case": mask.name, **{f"template_{k}": v for k, v in template.items()}}
+    item = parser.get_parsed_content("preprocessing")(case)
     network, inferer = parser.get_parsed_content("network"), parser.get_parsed_content("inferer")
     drawn = inferer(item["context"][None], network, [item["case"]])[0]
     item["pred"] = MetaTensor(drawn, meta=item["label"].meta)
-    item = InvertImaged("pred", read, "label")(parser.get_parsed_content("finish")(item))
-    label = item["label"]
-    image = np.asarray(item["pred"].as_tensor()[0])
-    return image, label.numpy()[0].astype(np.int64), float(label.pixdim[0]), time.perf_counter() - started
+    item = InvertImaged("pred", "label")(parser.get_parsed_content("finish")(item))
+    image, label = (item[key].as_tensor()[0].numpy() for key in ("pred", "label"))
+    return image, label.astype(np.int64), time.perf_counter() - started
 
 
 def run(
@@ -108,7 +107,7 @@ def run(
         for k, name in enumerate(names):
             for source in (name, names[(k + 1) % subjects]):
                 template = {kind: str(folder / f"{kind}s" / f"{source}.nii.gz") for kind in ("image", "label")}
-                image, label, _, seconds = _rendered(parser, folder / "labels" / f"{name}.nii.gz", template)
+                image, label, seconds = _rendered(parser, folder / "labels" / f"{name}.nii.gz", template)
                 found = lines[name].measure(image, own[source]["half_hu"])
                 truth = lines[name].measure(scans[name][0])
                 pieces = [betti_numbers(np.isin(mask, THIN))[0] for mask in (label, scans[name][1])]

@@ -28,7 +28,7 @@ from custom.runs.files import write_json
 from custom.runs.weights import WeightAverage, save_atomically
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
-from monai.data import Dataset
+from monai.data import Dataset, MetaTensor
 from monai.transforms import Compose
 from monai.utils import set_determinism
 from rival_networks import ARMS, step_flops, velocity_loss
@@ -71,8 +71,10 @@ class Pairs(Dataset):
         if not path.exists():
             item = self.prepare(self.data[index])
             keys = ("image", "label", "statistics", "label_cls_indices")
-            save_atomically({key: _plain(item[key]) for key in keys}, path)
-        (pair,) = self.transform(torch.load(path, weights_only=True, mmap=True))  # of one crop
+            save_atomically({key: _plain(item[key]) for key in keys} | {"affine": item["label"].affine}, path)
+        item = torch.load(path, weights_only=True, mmap=True)
+        item["label"] = MetaTensor(item["label"], affine=item.pop("affine"))  # whose spacing the pair follows
+        (pair,) = self.transform(item)  # of one crop
         return {key: _plain(pair[key]) for key in PAIR}
 
 

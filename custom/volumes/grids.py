@@ -10,7 +10,7 @@ import torch
 from custom.volumes.headers import TOLERANCE_VOXELS
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Invertd, InvertibleTransform
+from monai.transforms import MapTransform
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.interpolate import CubicSpline
@@ -117,7 +117,7 @@ def resample_cubic(
     return new.clamp_(volume.min(), volume.max())
 
 
-class InvertImaged(Invertd):
+class InvertImaged(MapTransform):
     """Bring rendered images back to the grid on which their label map was read, by cubic splines.
 
     In place of MONAI's `Invertd`, whose linear interpolation costs thin vessels their contrast and which would follow
@@ -125,14 +125,15 @@ class InvertImaged(Invertd):
     between the minimum and the maximum of the image; beyond the outermost voxel centres lie edge values.
 
     Args:
-        keys, transform, orig_keys: as there; all keys follow one label, which stays as it is.
+        keys: images on the grid of the label.
+        orig_keys: the label, which stays as it is.
 
     Raises:
         ValueError: when the label does not tell the grid of its file.
     """
 
-    def __init__(self, keys: KeysCollection, transform: InvertibleTransform, orig_keys: str) -> None:
-        super().__init__(keys, transform, orig_keys, nearest_interp=False)
+    def __init__(self, keys: KeysCollection, orig_keys: str) -> None:
+        super().__init__(keys)
         self.label_key = orig_keys
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -36,6 +36,14 @@ def our_step_flops(size: int, count: int) -> int:
     return counter.get_total_flops()
 
 
+def test_pairs_are_made_of_files_and_again_of_what_was_kept_of_them(cohort, tmp_path):
+    for _ in range(2):  # the second time of the kept file
+        pair = rivals.Pairs(str(cohort), tmp_path, 1)[0]
+        assert {key: tuple(volume.shape) for key, volume in pair.items()} == dict.fromkeys(rivals.PAIR, (1, 32, 32, 32))
+        assert set(pair["label"].unique().tolist()) <= set(range(ANATOMY.num_labels))
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_training_step_costs_what_ours_costs(arm):
     network, wanted = ARMS[arm](), our_step_flops(32, 1)

@@ -79,7 +79,7 @@ def test_images_come_back_where_monai_brings_them_and_closer_to_the_truth(affine
     item, chain = read(affine)
     image = smooth(item["label"].affine, item["label"].shape[1:])
     item["pred"] = MetaTensor(image.clone())
-    back = InvertImaged("pred", transform=chain, orig_keys="label")(item)
+    back = InvertImaged("pred", orig_keys="label")(item)
     linear = dict(item, label=MetaTensor(item["label"], meta=item["label"].meta))
     linear["label"].applied_operations = convert_applied_interp_mode(
         item["label"].applied_operations, mode="bilinear", align_corners=False
@@ -98,24 +98,24 @@ def test_images_come_back_where_monai_brings_them_and_closer_to_the_truth(affine
 
 def test_values_stay_within_those_of_the_image():
     """Splines overshoot beside a step: a confidence above 1 would be refused when it is read."""
-    item, chain = read(AFFINES["flipped"])
+    item, _ = read(AFFINES["flipped"])
     step = torch.zeros(item["label"].shape)
     step[:, 6:] = 1
-    back = InvertImaged(["confidence"], transform=chain, orig_keys="label")({**item, "confidence": step})["confidence"]
+    back = InvertImaged(["confidence"], orig_keys="label")({**item, "confidence": step})["confidence"]
     assert (float(back.min()), float(back.max())) == (0, 1)
 
 
 def test_images_on_the_grid_of_the_file_come_back_as_they_are():
-    item, chain = read(AFFINES["straight"], spacing=0.75)
+    item, _ = read(AFFINES["straight"], spacing=0.75)
     image = torch.randn(item["label"].shape)
-    back = InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
+    back = InvertImaged("pred", orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
     assert torch.equal(back["pred"].as_tensor(), image)
 
 
 def test_turned_axes_alone_change_no_value():
-    item, chain = read(AFFINES["permuted"], spacing=None)
+    item, _ = read(AFFINES["permuted"], spacing=None)
     image = torch.randn(item["label"].shape)
-    back = InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
+    back = InvertImaged("pred", orig_keys="label")({**item, "pred": MetaTensor(image.clone())})
     again = Orientationd("pred", axcodes="RAS", labels=None)(back)["pred"]
     torch.testing.assert_close(again.as_tensor(), image, atol=1e-5, rtol=0)
 
@@ -126,7 +126,7 @@ def test_a_single_slice_is_repeated():
 
 
 def test_a_label_that_does_not_tell_its_grid_is_refused():
-    item, chain = read(AFFINES["straight"])
+    item, _ = read(AFFINES["straight"])
     del item["label"].meta["spatial_shape"]
     with pytest.raises(ValueError, match="label: its meta must hold original_affine and spatial_shape"):
-        InvertImaged("pred", transform=chain, orig_keys="label")({**item, "pred": torch.zeros(item["label"].shape)})
+        InvertImaged("pred", orig_keys="label")({**item, "pred": torch.zeros(item["label"].shape)})
