@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from custom.diffusion.formulas import probability_flow
+from custom.diffusion.formulas import amplitudes, probability_flow
 from custom.diffusion.noise import HU_RANGE
 from custom.geometry.deformation import sample
 from custom.volumes.grids import crop_to, pad_to_multiple, resample_cubic
@@ -26,7 +26,8 @@ CELL_MM = 6.0
 _BLUR_MM = 4.0  # ours, of the low-pass: 6 mm then hold it to 6 to 8 HU RMS on phantoms (3 mm: 14 to 17)
 _MEAN_HU, _SD_HU = -250.0, 450.0  # of phantoms with lungs and air around, so that what is diffused has unit variance
 _PAINT_UNIT_HU = 500.0
-_MULTIPLE = 4  # of the two halvings of the network
+_MULTIPLE = 8  # of the three halvings of the network
+_BAND_SD = (2.4, 0.4, 0.08, 0.02)  # of phantoms, by the number of axes along which a Haar band is the fine one
 _FIELD_CELLS = 32  # 192 mm, ours: the field that is drawn at least, since the network was trained on that
 
 
@@ -42,7 +43,7 @@ def low_pass(image_hu: torch.Tensor, spacing_mm: Sequence[float]) -> torch.Tenso
 
 
 def cells_over(size: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
-    """Coarse voxels that cover a field of view: multiples of 4, and at least the 192 mm of training."""
+    """Coarse voxels that cover a field of view: multiples of 8, and at least the 192 mm of training."""
     cells = [n * s / CELL_MM for n, s in zip(size, spacing_mm, strict=True)]
     return [max(_FIELD_CELLS, _MULTIPLE * math.ceil(n / _MULTIPLE)) for n in cells]
 
@@ -88,24 +89,36 @@ def standardised(coarse_hu: torch.Tensor) -> torch.Tensor:
 class CoarseUNet(nn.Module):
     """Predicts the velocity of a coarse image: MONAI's `DiffusionModelUNet`, told the painted mask beside it.
 
-    As the fine network it works on Haar-packed volumes, which costs a fifth.
+    As the fine network it works on Haar-packed volumes, which costs a fifth. It predicts what the best linear guess of
+    every band leaves open, as Karras et al. (2022, table 1) do for a whole image: fine bands have a thousandth of the
+    variance of the coarse one, and a network that has to learn such factors itself learns little else
+    (docs/FINDINGS.md).
 
     Args:
         channels: of each level; attention on the last one lets the halves of a thorax agree.
         num_res_blocks: of each level.
         norm_num_groups: of every group norm; divides all `channels`.
         num_train_timesteps: length of the cosine training schedule.
+
+    Raises:
+        ValueError: when a width cannot be divided so.
     """
 
     def __init__(
         self,
         *,
-        channels: Sequence[int] = (48, 96),
+        channels: Sequence[int] = (32, 64, 96),
         num_res_blocks: int = 1,
         norm_num_groups: int = 8,
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
+        heads = 2 * norm_num_groups
+        if any(width % norm_num_groups for width in channels) or channels[-1] % heads:
+            raise ValueError(
+                f"coarse_def#channels: must be multiples of norm_num_groups, {norm_num_groups}, and the last one of "
+                f"{heads}, got {list(channels)}; for example [{norm_num_groups}, {heads}]"
+            )
         self.size_multiple = 2 ** len(channels)
         self.unet = DiffusionModelUNet(
             spatial_dims=3,
@@ -114,12 +127,15 @@ class CoarseUNet(nn.Module):
             channels=tuple(channels),
             num_res_blocks=num_res_blocks,
             attention_levels=(*[False] * (len(channels) - 1), True),
-            num_head_channels=norm_num_groups * 2,
+            num_head_channels=heads,
             norm_num_groups=norm_num_groups,
         )
         schedule = DDPMScheduler(num_train_timesteps, schedule="cosine")
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.alphas_cumprod: torch.Tensor
+        band_sd = torch.tensor([_BAND_SD[band.bit_count()] for band in range(8)])
+        self.register_buffer("band_sd", band_sd.view(1, 8, 1, 1, 1), persistent=False)
+        self.band_sd: torch.Tensor
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor | None = None, context: torch.Tensor | None = None
@@ -135,8 +151,26 @@ class CoarseUNet(nn.Module):
             timesteps = torch.full((len(x),), len(self.alphas_cumprod) - 1, device=x.device)
         if context is None:
             context = coarse_context(None, x)
-        told = haar_pack(pad_to_multiple(torch.cat([x, context], 1), self.size_multiple))
-        return crop_to(haar_unpack(self.unet(told, timesteps)), x.shape[2:])
+        a, s = amplitudes(self.alphas_cumprod, timesteps, x.ndim)
+        bands = haar_pack(pad_to_multiple(x, self.size_multiple))
+        sd = (a**2 * self.band_sd**2 + s**2).sqrt()
+        left_open = self.flow(bands / sd, timesteps, self.packed(context))
+        velocity = a * s * (1 - self.band_sd**2) / sd**2 * bands + self.band_sd / sd * left_open
+        return crop_to(haar_unpack(velocity), x.shape[2:])
+
+    def packed(self, context: torch.Tensor) -> torch.Tensor:
+        """Context as the network sees it, (B, 16, h', w', d')."""
+        return haar_pack(pad_to_multiple(context, self.size_multiple))
+
+    def flow(self, y: torch.Tensor, timesteps: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """Velocity of noisy bands, each of unit variance, which is also their change with their own angle.
+
+        Args:
+            y: (B, 8, h', w', d').
+            timesteps: (B,) times.
+            told: (B, 16, h', w', d') of :meth:`packed`.
+        """
+        return self.unet(torch.cat([y, told], 1), timesteps)
 
     @torch.no_grad()
     def draw(self, context: torch.Tensor, noise: torch.Tensor, times: Sequence[int]) -> torch.Tensor:
@@ -147,5 +181,7 @@ class CoarseUNet(nn.Module):
             noise: (B, 1, h, w, d), standard normal.
             times: descending, of the network calls.
         """
-        drawn = probability_flow(noise, lambda y, t: self(y, t, context), self.alphas_cumprod, times)
+        told, y = self.packed(context), haar_pack(pad_to_multiple(noise, self.size_multiple))
+        y = probability_flow(y, lambda y, t: self.flow(y, t, told), self.alphas_cumprod, times, sd=self.band_sd)
+        drawn = crop_to(haar_unpack(y * self.band_sd), noise.shape[2:])
         return (drawn * _SD_HU + _MEAN_HU).clamp(*HU_RANGE)

@@ -48,6 +48,7 @@ def probability_flow(
     alphas_cumprod: torch.Tensor,
     times: Sequence[int],
     *,
+    sd: torch.Tensor | float = 1.0,
     progress: bool = False,
 ) -> torch.Tensor:
     """Follow the deterministic probability flow in the angle from noise to a clean sample.
@@ -57,13 +58,18 @@ def probability_flow(
         flow: F(y, times (B,) int64) -> velocity, shaped as y.
         alphas_cumprod: (T,) of the training schedule.
         times: descending, of the calls; after the last one the sample is clean.
+        sd: of what the schedule's noise was added to, broadcastable to y, which is of unit variance at every time all
+            the same: its angle is then atan2(s, sd a).
         progress: show a progress bar.
+
+    Returns:
+        the clean sample, of unit variance.
     """
-    alphas = torch.cat([alphas_cumprod, alphas_cumprod.new_ones(1)])  # index -1 is the clean sample
+    alphas = torch.cat([alphas_cumprod, alphas_cumprod.new_ones(1)]).clamp(0, 1)  # index -1 is the clean sample
     previous = None
     steps = list(zip(times, [*times[1:], -1], strict=True))
     for t, following in tqdm(steps, desc="rendering", disable=not progress, leave=False):
-        now, then = (alphas[time].clamp(0, 1).sqrt().arccos() for time in (t, following))
+        now, then = (torch.atan2((1 - alphas[at]).sqrt(), sd * alphas[at].sqrt()) for at in (t, following))
         f = flow(y, torch.full((len(y),), t, dtype=torch.long, device=y.device))
         y, previous = angle_step(y, f, then - now, previous), (f, then - now)
     return y

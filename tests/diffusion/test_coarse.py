@@ -13,7 +13,10 @@ from custom.diffusion.coarse import (
     refined,
 )
 from custom.diffusion.coarse_transforms import Coarsend, DrawCoarsed, RandCoarsePaird, Surroundingsd
+from custom.diffusion.formulas import amplitudes
+from custom.diffusion.schedule import spaced_timesteps
 from custom.diffusion.transforms import PaintPriord
+from custom.volumes.haar import haar_pack, haar_unpack
 from custom.volumes.intensity import label_statistics
 from monai.data import MetaTensor
 
@@ -71,7 +74,7 @@ def test_cells_cover_the_field_or_lie_within_it():
     size, spacing = (300, 100, 110), [0.8, 1.5, 2.0]
     over, within = cells_over(size, spacing), cells_within(size, spacing)
     for n, s, m, k in zip(size, spacing, over, within, strict=True):
-        assert m % 4 == 0
+        assert m % 8 == 0
         assert m * CELL_MM >= max(n * s, 192)
         assert k * CELL_MM <= n * s + 1e-3 < (k + 1) * CELL_MM + 1e-3
 
@@ -90,6 +93,51 @@ def test_what_is_told_counts_and_telling_nothing_tells_nothing(network):
     told, nothing = coarse_context(painted, foreground), coarse_context(None, foreground)
     assert torch.equal(nothing, coarse_context(None, 1 - foreground))
     assert not torch.allclose(network(x, context=told), network(x, context=nothing))
+
+
+def bands_and_angle(network, t):
+    """Haar bands of z and of noise, with the signal and noise amplitudes of each at a time."""
+    z, eps = noise(1, 8, 8, 8, 8) * network.band_sd, noise(1, 8, 8, 8, 8, seed=1)
+    a, s = amplitudes(network.alphas_cumprod, torch.tensor([t]), 5)
+    return z, eps, a, s, (a**2 * network.band_sd**2 + s**2).sqrt()
+
+
+@pytest.mark.parametrize("t", [5, 300, 700, 990])
+def test_a_flow_that_knows_every_band_is_the_velocity_of_the_image(network, monkeypatch, t):
+    z, eps, a, s, sd = bands_and_angle(network, t)
+    true = (a * network.band_sd * eps - s * z / network.band_sd) / sd
+
+    def flow(y, timesteps, told):
+        torch.testing.assert_close(y, (a * z + s * eps) / sd, atol=1e-4, rtol=1e-4)
+        return true
+
+    monkeypatch.setattr(network, "flow", flow)
+    velocity = network(haar_unpack(a * z + s * eps), torch.tensor([t]))
+    torch.testing.assert_close(velocity, haar_unpack(a * eps - s * z), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", [100, 500, 900])
+def test_an_untrained_network_makes_the_best_linear_guess_of_each_band(t):
+    network = CoarseUNet(channels=(8, 16)).eval()
+    z, eps, a, s, _ = bands_and_angle(network, t)
+    left = (haar_pack(network(haar_unpack(a * z + s * eps), torch.tensor([t]))) - (a * eps - s * z)).square().mean()
+    for change in (-0.1, 0.1):
+        worse = haar_pack(network(haar_unpack(a * z + s * eps), torch.tensor([t])))
+        assert (worse + change * (a * z + s * eps) - (a * eps - s * z)).square().mean() > left
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_an_untrained_network_draws_noise_with_the_deviation_of_every_band(steps):
+    network = CoarseUNet(channels=(8, 16)).eval()
+    context = coarse_context(None, torch.zeros(1, 1, 32, 32, 32))
+    drawn = network.draw(context, noise(1, 1, 32, 32, 32), spaced_timesteps(steps))
+    spread = haar_pack((drawn + 250) / 450).std((0, 2, 3, 4)) / network.band_sd.flatten()
+    assert (spread[1:] - 1).abs().max() < 0.15, "the coarse band is cut at -1024 HU"
+
+
+def test_widths_that_no_head_fits_are_refused_by_the_option():
+    with pytest.raises(ValueError, match=r"coarse_def#channels: .* the last one of 16, got \[16, 24\]"):
+        CoarseUNet(channels=(16, 24))
 
 
 def test_training_pairs_repeat_by_seed_and_their_paint_follows_the_shifted_labels():

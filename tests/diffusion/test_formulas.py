@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from custom.diffusion.formulas import amplitudes, angle_step
+from custom.diffusion.formulas import amplitudes, angle_step, probability_flow
 
 
 def test_amplitudes_are_a_unit_vector_per_sample():
@@ -49,3 +49,18 @@ def test_a_change_that_grows_evenly_is_followed_exactly_after_the_first_step():
 def test_without_a_change_a_sample_stays_as_it_is():
     y = torch.randn(2, 8, 3, 3, 3)
     assert torch.equal(angle_step(y, torch.zeros_like(y), torch.tensor(-math.pi / 2), None), y)
+
+
+@pytest.mark.parametrize("sd", [0.05, 1.0, 2.5])
+def test_the_flow_ends_at_what_the_velocity_points_to_whatever_its_deviation(sd):
+    """All data at one place: the velocity follows from the sample, and the flow must end there."""
+    alphas, place = torch.linspace(0.9999, 1e-6, 1000, dtype=torch.float64), 0.7
+
+    def flow(y, times):
+        angle = torch.atan2((1 - alphas[times]).sqrt(), sd * alphas[times].sqrt())[:, None]
+        eps = (y - angle.cos() * place) / angle.sin()
+        return angle.cos() * eps - angle.sin() * place
+
+    y = torch.full((1, 1), 1.3, dtype=torch.float64)
+    times = torch.linspace(999, 0, 41).round().long().tolist()[:-1]
+    assert probability_flow(y, flow, alphas, times, sd=sd).item() == pytest.approx(place, abs=0.05)
