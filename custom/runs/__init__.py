@@ -5,6 +5,7 @@ from custom.runs.files import file_hash, make_folder, remove_leftovers
 from custom.runs.folders import RunFolder
 from custom.runs.locks import TrainingPlace
 from custom.runs.options import check_options
+from custom.runs.progress import SayProgress
 from custom.runs.resuming import Resume, SeedEachEpoch
 from custom.runs.tracking import LogToMLFlow, tracking_store
 from custom.runs.weights import (
@@ -27,6 +28,7 @@ __all__ = [
     "RefuseDivergence",
     "Resume",
     "RunFolder",
+    "SayProgress",
     "SeedEachEpoch",
     "TrainingPlace",
     "WeightAverage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from pydoc import locate
@@ -16,7 +16,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser
 from monai.bundle.scripts import run
 
-__all__ = ["check_command_line", "configured"]
+__all__ = ["check_command_line", "check_flags", "configured"]
 
 _OTHER_KEYS = ("anatomy",)
 """Blocks that may get keys they have not: the class that reads them refuses what it does not know."""
@@ -63,6 +63,27 @@ def check_command_line(arguments: Sequence[str] | None = None) -> None:
             continue
         if not GIVEN[name].holds(value):
             refuse(name, GIVEN[name], value)
+
+
+def check_flags(commands: Mapping[str, Callable], arguments: Sequence[str] | None = None) -> None:
+    """Refuses options that a command of `fire` has not: it would run the command first, and complain afterwards.
+
+    Args:
+        commands: name -> function.
+        arguments: that were typed; None takes those of the process.
+
+    Raises:
+        ValueError: naming the option and the nearest one that there is.
+    """
+    name, *typed = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name not in commands:
+        return
+    known = [*signature(commands[name]).parameters]
+    for flag, _ in _pairs(typed):
+        if flag.replace("-", "_") not in [*known, "help", ""]:
+            near = difflib.get_close_matches(flag, known, n=1)
+            meant = f"did you mean --{near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"--{flag}: there is no such option of {name}; {meant}")
 
 
 def _stated(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -1,0 +1,173 @@
+"""Command line of a study of one's own cases: `python -m custom.study run --datalist cases --output_dir runs/five`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+from custom.runs.command_line import check_flags
+from custom.study.bundles import find_bundles
+from custom.study.cases import SECTIONS, cases_in, is_folder, listed_cases, write_datalist
+from custom.study.checking import check_cases
+from custom.study.folds import summarise, write_folds
+from custom.study.running import run_stages, say_plan
+from custom.study.serving import serve as serve_segmenter
+from custom.study.stages import Settings, Stage, plan
+
+logger = logging.getLogger("study")
+
+
+def check(datalist: str, bundles: str | None = None, overrides: str | None = None, out: str | None = None) -> None:
+    """Look at all cases: what they are, what would be refused and what to do about it. Trains nothing.
+
+    Exits with 1 when a case would be refused.
+
+    Args:
+        datalist: JSON with "training", "validation" and "test", or a folder with images/NAME.nii.gz and
+            labels/NAME.nii.gz.
+        bundles: folder with both bundles, where they do not lie beside this package.
+        overrides: JSON file with options of the bundles: "anatomy", "label_mapping".
+        out: JSON file to write as well.
+    """
+    labels, mapping = find_bundles(bundles, overrides).labels()
+    if any(case.refused for case in check_cases(str(datalist), labels, mapping, out)):
+        sys.exit(1)
+
+
+def _stages(datalist: Path, root: Path, bundles: str | None, overrides: str | None, settings: Settings) -> list[Stage]:
+    sizes = Counter(case["section"] for case in listed_cases(str(datalist)))
+    if absent := [section for section in SECTIONS if not sizes[section]]:
+        raise ValueError(
+            f"{datalist}: needs a case of each section, got none of {absent}: cases to learn from, one that chooses "
+            "weights, and one to measure on; with fewer follow docs/FIVE_CASES.md step by step"
+        )
+    return plan(find_bundles(bundles, overrides), datalist, root, settings, sizes)
+
+
+def run(
+    datalist: str,
+    output_dir: str,
+    count: int = 30,
+    epochs: int = 150,
+    finetune: int = 0,
+    workers: int = 2,
+    seed: int = 0,
+    spacing_mm: float = 0.8,
+    bundles: str | None = None,
+    overrides: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """New label maps, images of them with confidence, a segmenter with and without them, and one report.
+
+    Started again with the same options it goes on where it stopped; what is done is kept.
+
+    Args:
+        datalist: JSON with "training", "validation" and "test", or a folder with images/NAME.nii.gz and
+            labels/NAME.nii.gz, of which the last tests and the one before chooses weights.
+        output_dir: folder of all results.
+        count: new label maps, each with an image.
+        epochs: of the segmenter of real cases alone; the other gets as many, two thirds of them before.
+        finetune: epochs for which the generator is trained on with the cases; 0 takes it as it comes.
+        workers: processes that make label maps.
+        seed: of all stages.
+        spacing_mm: voxel size of new label maps and their images; 1.5 is three times as fast, and blurs coronaries.
+        bundles: folder with both bundles, where they do not lie beside this package.
+        overrides: JSON file with options that every run of a bundle gets last.
+        dry_run: only say what would be run.
+    """
+    root = Path(output_dir).expanduser().resolve()
+    settings = Settings(
+        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm
+    )
+    listed = Path(datalist).expanduser().resolve()
+    if is_folder(datalist):
+        cases, listed = cases_in(datalist), root / "datalist.json"
+        if dry_run and not listed.is_file():
+            sizes = Counter({"training": len(cases) - 2, "validation": 1, "test": 1})
+            stages = plan(find_bundles(bundles, overrides), listed, root, settings, sizes)
+            return say_plan(stages, stages)
+        root.mkdir(parents=True, exist_ok=True)
+        write_datalist(cases, listed)
+    stages = _stages(listed, root, bundles, overrides, settings)
+    if dry_run:
+        return say_plan(stages, stages)
+    run_stages(stages, root, listed)
+    logger.info("report: %s", root / "synthetic/report.html")
+    logger.info("segmenter: %s; serve it: python -m custom.study serve --output_dir %s", stages[-4].product, root)
+
+
+def cross_validate(
+    datalist: str,
+    output_dir: str,
+    folds: int = 5,
+    count: int = 30,
+    epochs: int = 150,
+    finetune: int = 0,
+    workers: int = 2,
+    seed: int = 0,
+    spacing_mm: float = 0.8,
+    bundles: str | None = None,
+    overrides: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run a study for each fold, all of it from the fold's own cases, and compare both segmenters over all cases.
+
+    Args:
+        datalist: as of `run`; which section a case is in does not count.
+        output_dir: folder of all results.
+        folds: 2 to the number of cases.
+        count, epochs, finetune, workers, seed, spacing_mm, bundles, overrides, dry_run: as of `run`, for each fold.
+    """
+    root = Path(output_dir).expanduser().resolve()
+    settings = Settings(
+        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm
+    )
+    cases = cases_in(datalist) if is_folder(datalist) else listed_cases(str(Path(datalist).expanduser().resolve()))
+    lists = write_folds(cases, root, folds)
+    for number, listed in enumerate(lists, start=1):
+        logger.info("fold %d of %d: %s", number, len(lists), listed.parent)
+        stages = _stages(listed, listed.parent, bundles, overrides, settings)
+        if dry_run:
+            say_plan(stages, stages)
+        else:
+            run_stages(stages, listed.parent, listed)
+    if not dry_run:
+        logger.info("\n%s", summarise([listed.parent for listed in lists], root))
+        logger.info("by label: %s", root / "cross_validation_labels.csv")
+
+
+def serve(
+    output_dir: str,
+    studies: str,
+    python: str = sys.executable,
+    weights: str | None = None,
+    port: int = 8000,
+    bundles: str | None = None,
+) -> None:
+    """Serve the segmenter of a study in MONAI Label, on 127.0.0.1.
+
+    Args:
+        output_dir: folder of the study; the app is made in its `monailabel`.
+        studies: folder of images to be segmented and corrected.
+        python: interpreter with MONAI Label.
+        weights: of the segmenter; None takes those of the study.
+        port: of the server.
+        bundles: folder with both bundles, where they do not lie beside this package.
+    """
+    root = Path(output_dir).expanduser().resolve()
+    own = Path(weights).expanduser().resolve() if weights else root / "cal/models/model.pt"
+    serve_segmenter(find_bundles(bundles), own, studies, python=python, app_dir=root / "monailabel", port=port)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    commands: dict[str, Callable] = {"check": check, "run": run, "cross_validate": cross_validate, "serve": serve}
+    try:
+        check_flags(commands)
+        fire.Fire(commands)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"ERROR: {error}")

@@ -1,0 +1,102 @@
+"""Where the two bundles are, and how a run of one is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from custom.volumes.anatomy import Anatomy
+
+GENERATOR, SEGMENTER = "structdiff_cardiac", "structdiff_seg_cal"
+_LISTED = re.compile(r"[^\"$`\\!]*'[^\"$`\\!]*")  # lists and dictionaries are easier to read in double quotes
+ROOT = Path(__file__).resolve().parents[2]
+"""Folder of the package: of a clone, or of a downloaded bundle."""
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Both bundles, and a config of the user's that every run gets last.
+
+    Attributes:
+        generator, segmenter: bundle roots.
+        overrides: JSON file, or None.
+    """
+
+    generator: Path
+    segmenter: Path
+    overrides: Path | None = None
+
+    def command(self, bundle: Path, entry: str, configs: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+        """Arguments of python for one run.
+
+        Args:
+            bundle: its root.
+            entry: what is run: "training", "generating", ...
+            configs: names in its `configs`; a later one overrides the earlier.
+            options: name -> value, written as Python writes it.
+        """
+        files = [str(bundle / "configs" / name) for name in configs]
+        files += [] if self.overrides is None else [str(self.overrides)]
+        config = files[0] if len(files) == 1 else str(files)
+        given = {"bundle_root": bundle, "config_file": config, **options}
+        typed = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        return ["-m", "monai.bundle", "run", entry, *typed]
+
+    def labels(self) -> tuple[Anatomy, Mapping[str, Sequence[int]]]:
+        """The label table and the renumbering of label maps that all stages work with."""
+        config = json.loads((self.generator / "configs/generate_masks.json").read_text())
+        own = {} if self.overrides is None else json.loads(self.overrides.read_text())
+        rows, mapping = (dict(own.get(name, config[name])) for name in ("anatomy", "label_mapping"))
+        for name, value in own.items():  # as MONAI writes a single value: "anatomy#10#components"
+            block, *path = name.split("#")
+            if len(path) == 2 and block == "anatomy":
+                rows[path[0]] = {**rows.get(path[0], {}), path[1]: value}
+            elif len(path) == 1 and block in ("anatomy", "label_mapping"):
+                (rows if block == "anatomy" else mapping)[path[0]] = value
+        return Anatomy(rows), mapping
+
+
+def find_bundles(folder: str | None = None, overrides: str | None = None) -> Bundles:
+    """Both bundles: in a clone, or as they were downloaded, beside each other.
+
+    Args:
+        folder: that holds both; None looks where this package lies.
+        overrides: JSON file of the user's that every run gets last.
+
+    Raises:
+        FileNotFoundError: naming where they were looked for.
+        ValueError: when `overrides` is no JSON dictionary.
+    """
+    places = [ROOT / "bundles", ROOT.parent] if folder is None else [Path(folder).expanduser().resolve()]
+    own = None if overrides is None else Path(overrides).expanduser().resolve()
+    if own is not None:
+        try:
+            is_config = isinstance(json.loads(own.read_text()), dict)
+        except ValueError:
+            is_config = False
+        if not is_config:
+            raise ValueError(f"overrides: {own} must be a JSON dictionary of options, as a config of a bundle is")
+    for place in places:
+        if all((place / name / "configs/metadata.json").is_file() for name in (GENERATOR, SEGMENTER)):
+            return Bundles(place / GENERATOR, place / SEGMENTER, own)
+    raise FileNotFoundError(
+        f"bundles: {GENERATOR} and {SEGMENTER} must lie in one folder, looked in {', '.join(map(str, places))}; put "
+        "them beside each other, or name the folder: --bundles FOLDER"
+    )
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """The line that a user could type."""
+    return " ".join(["python", *(f'"{part}"' if _LISTED.fullmatch(part) else shlex.quote(part) for part in arguments)])
+
+
+def environment() -> dict[str, str]:
+    """Of a run: this package first on the path, cores shared, and bars that do not fill a log."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "TQDM_MININTERVAL": "60"}

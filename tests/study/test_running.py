@@ -1,0 +1,192 @@
+"""Stages run in order, skipped when done, gone on with after kills; a failure says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from custom.runs.command_line import check_command_line
+from custom.study.bundles import find_bundles, typed
+from custom.study.running import StageError, _Clock, run_stages, say_plan, unfinished
+from custom.study.stages import Settings, Stage, plan, trained
+from helpers import ROOT
+
+APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+
+
+def stage(root, name, needs=(), code=APPEND, seconds=1.0, text="x"):
+    return Stage(name, f"makes {name}", ["-c", code, str(root / name), text], root / name, seconds, needs)
+
+
+@pytest.fixture
+def datalist(tmp_path):
+    (tmp_path / "datalist.json").write_text("{}")
+    return tmp_path / "datalist.json"
+
+
+def content(root, *names):
+    return [(root / name).read_text() for name in names]
+
+
+def test_stages_run_once_and_again_only_where_something_changed(tmp_path, datalist):
+    stages = [stage(tmp_path, "a"), stage(tmp_path, "b", ["a"]), stage(tmp_path, "c")]
+    run_stages(stages, tmp_path, datalist)
+    run_stages(stages, tmp_path, datalist)
+    assert content(tmp_path, "a", "b", "c") == ["x", "x", "x"]
+    (tmp_path / "a").unlink()
+    run_stages(stages, tmp_path, datalist)
+    assert content(tmp_path, "a", "b", "c") == ["x", "xx", "x"], "what works on a missing result is run again"
+    run_stages([stages[0], stages[1], stage(tmp_path, "c", text="y")], tmp_path, datalist)
+    assert content(tmp_path, "a", "b", "c") == ["x", "xx", "xy"], "another command is another stage"
+    datalist.write_text('{"training": []}')
+    run_stages(stages, tmp_path, datalist)
+    assert content(tmp_path, "a", "b") == ["xx", "xxx"], "other cases are another study"
+
+
+def test_a_failed_stage_is_named_with_its_last_words_log_and_command(tmp_path, datalist):
+    code = "import sys; print('a table'); print('ERROR: x.nii.gz: is no scan; export it'); print('later'); sys.exit(3)"
+    stages = [stage(tmp_path, "a"), stage(tmp_path, "b", code=code), stage(tmp_path, "c")]
+    with pytest.raises(StageError) as error:
+        run_stages(stages, tmp_path, datalist)
+    said = str(error.value)
+    assert said.startswith("b: stopped after")
+    assert "x.nii.gz: is no scan; export it" in said
+    assert str(tmp_path / "logs/b.log") in said
+    assert typed(stages[1].command) in said
+    assert "a table" in (tmp_path / "logs/b.log").read_text()
+    assert not (tmp_path / "c").exists()
+    assert [s.name for s in unfinished(stages, tmp_path, "other")] == ["a", "b", "c"]
+    stages[1] = stage(tmp_path, "b")
+    run_stages(stages, tmp_path, datalist)
+    assert content(tmp_path, "a", "b", "c") == ["x", "x", "x"], "what was done is kept"
+
+
+def test_a_stage_that_writes_nothing_is_no_success(tmp_path, datalist):
+    with pytest.raises(StageError, match="a: has ended without writing"):
+        run_stages([stage(tmp_path, "a", code="pass")], tmp_path, datalist)
+
+
+def test_a_second_study_in_the_folder_is_refused(tmp_path, datalist):
+    script = (
+        "from custom.runs.locks import lock_folder; import sys, time; lock_folder(sys.argv[1]); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="is at work on part 0 of this run; wait until it has ended"):
+            run_stages([stage(tmp_path, "a")], tmp_path, datalist)
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a stage with its study on Linux alone")
+def test_a_killed_study_takes_its_stage_with_it_and_goes_on(tmp_path, datalist):
+    slow = "import sys, time, os; open(sys.argv[1] + '.pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import sys; from pathlib import Path; from custom.study.running import run_stages; "
+        "from custom.study.stages import Stage; root = Path(sys.argv[1]); "
+        "stage = Stage('a', 'a', ['-c', sys.argv[2], str(root / 'a')], root / 'a', 1.0); "
+        "run_stages([stage], root, root / 'datalist.json')"
+    )
+    study = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), slow], cwd=ROOT)
+    pid = tmp_path / "a.pid"
+    for _ in range(600):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(0.1)
+    study.send_signal(signal.SIGKILL)
+    study.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid.read_text()}").exists() or _is_zombie(pid.read_text()):
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        pytest.fail("the stage went on without its study")
+    run_stages([stage(tmp_path, "a")], tmp_path, datalist)
+    assert content(tmp_path, "a") == ["x"]
+
+
+def _is_zombie(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_time_left_follows_what_is_done_and_what_was_taken_before(tmp_path):
+    first, second, third = (stage(tmp_path, name, seconds=100.0) for name in "abc")
+    clock = _Clock([first, second, third])
+    clock.add(first, 200.0)
+    assert clock.said(second, 50.0, 0.0, None) == "2 of 3 b, about 2 min left; the whole about 6 min"
+    assert clock.said(second, 60.0, 0.0, 0.25) == "2 of 3 b, 25% done, about 3 min left; the whole about 6 min"
+    assert clock.said(second, 60.0, 0.5, 0.75) == "2 of 3 b, 75% done, about 60 s left; the whole about 4 min"
+    assert clock.said(second, 4000.0, 0.0, None) == "2 of 3 b, about 17 min left; the whole about 20 min"
+
+
+def test_the_share_of_a_training_is_read_from_its_log(tmp_path):
+    log = tmp_path / "log"
+    assert trained(log) is None
+    log.write_text("Epoch: 1/4, Iter: 20/40 -- loss\nno\n")
+    assert trained(log) == pytest.approx(0.125)
+    log.write_text(log.read_text() + "INFO - Epoch: 3/4, Iter: 40/40 -- train_loss: 1.0")
+    assert trained(log) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("finetune", [0, 2])
+def test_every_command_of_the_plan_is_one_that_the_bundles_know(tmp_path, finetune):
+    settings = Settings(count=3, epochs=9, finetune=finetune)
+    sizes = {"training": 3, "validation": 1, "test": 1}
+    stages = plan(find_bundles(), tmp_path / "datalist.json", tmp_path, settings, sizes)
+    names = [s.name for s in stages]
+    assert len(set(names)) == len(names)
+    assert ("generator" in names) == bool(finetune)
+    for number, one in enumerate(stages):
+        assert set(one.needs) <= set(names[:number]), "a stage works on what is there before it"
+        assert one.seconds > 0
+        if "monai.bundle" in one.command:
+            check_command_line(["monai.bundle", *one.command[2:]])
+            given = dict(zip(one.command[4::2], one.command[5::2], strict=True))
+            assert all(Path(file).is_file() for file in _listed(given["--config_file"]))
+    if not finetune:
+        return
+    tuned = [s.name for s in stages if str(tmp_path / "generator/models") in s.command]
+    assert tuned == ["generator", "confidence", "images", "measures"]
+
+
+def _listed(config):
+    return json.loads(config.replace("'", '"')) if config.startswith("[") else [config]
+
+
+def test_a_set_that_cannot_be_measured_is_not(tmp_path):
+    few = plan(find_bundles(), tmp_path / "d.json", tmp_path, Settings(), {"training": 1, "validation": 1, "test": 1})
+    assert "measures" not in [s.name for s in few]
+
+
+@pytest.mark.parametrize(("name", "value"), [("count", 0), ("epochs", 2), ("finetune", -1), ("workers", 1.5)])
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}: must be a whole number, at least"):
+        Settings(**{name: value})
+
+
+def test_a_voxel_size_out_of_range_is_refused_by_name():
+    with pytest.raises(ValueError, match="spacing_mm: must be 0.5 to 3.0, got 8"):
+        Settings(spacing_mm=8)
+
+
+def test_the_plan_shows_each_command_as_it_could_be_typed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    sizes = {"training": 3, "validation": 1, "test": 1}
+    stages = plan(find_bundles(), tmp_path / "datalist.json", tmp_path, Settings(), sizes)
+    say_plan(stages, stages[2:])
+    assert f"{len(stages)} stages, {len(stages) - 2} of them to do" in caplog.text
+    line = next(line for line in caplog.messages if "run synthesizing" in line).strip()
+    assert '--config_file "[' in line
+    echo = f"python() {{ printf '%s\\n' \"$@\"; }}; {line}"
+    printed = subprocess.run(["bash", "-c", echo], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == list(stages[2].command)
