@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "phantom": GROUND,
     "confidence": GROUND | {"diffusion"},
     "synthesis": GROUND | {"evaluation"},
-    "study": {"runs", "volumes", "masks", "evaluation"},
+    "study": {"runs", "volumes", "masks", "evaluation", "synthesis"},
 }
 """Room -> other rooms that it may import. Data flows one way: nothing imports upwards or round in a circle."""
 MATHS = {"torch", "numpy", "scipy", "skimage"}

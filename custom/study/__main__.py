@@ -17,6 +17,7 @@ from custom.study.folds import summarise, write_folds
 from custom.study.running import run_stages, say_plan
 from custom.study.serving import serve as serve_segmenter
 from custom.study.stages import Settings, Stage, plan
+from custom.synthesis.nnunet import export_nnunet
 
 logger = logging.getLogger("study")
 
@@ -163,9 +164,31 @@ def serve(
     serve_segmenter(find_bundles(bundles), own, studies, python=python, app_dir=root / "monailabel", port=port)
 
 
+def export(
+    datalist: str, export_dir: str, section: str = "training", bundles: str | None = None, overrides: str | None = None
+) -> None:
+    """Write a synthetic set, or real cases, as a raw data set of nnU-Net v2, with confidence maps beside.
+
+    Args:
+        datalist: of the set, `synthetic/datalist.json` of a study.
+        export_dir: folder `DatasetNNN_Name`, as nnU-Net wants it.
+        section: of the list.
+        bundles, overrides: as of `run`.
+    """
+    labels, mapping = find_bundles(bundles, overrides).labels()
+    number = export_nnunet(str(datalist), export_dir, labels=labels, label_mapping=mapping, section=section)
+    logger.info("%d cases: %s", number, export_dir)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    commands: dict[str, Callable] = {"check": check, "run": run, "cross_validate": cross_validate, "serve": serve}
+    commands: dict[str, Callable] = {
+        "check": check,
+        "run": run,
+        "cross_validate": cross_validate,
+        "serve": serve,
+        "export": export,
+    }
     try:
         check_flags(commands)
         fire.Fire(commands)

@@ -17,6 +17,7 @@ import package
 import pytest
 import torch
 from custom.phantom.cohort import make
+from custom.study import __main__ as study
 from custom.volumes.anatomy import Anatomy, Label
 from helpers import ROOT
 from monai.bundle import ConfigParser
@@ -85,8 +86,16 @@ SHIPPED_CHAINS = ("readme", "five_cases")
 """Chains that render with the shipped weights."""
 RUN_OPTIONS = {"config_file", "bundle_root", "standalone", "nproc_per_node"}
 """Options of a bundle run that no config need have."""
-OTHER_OPTIONS = {"name", "url", "bundle_dir", "nnodes", "slow", "without_weights", *inspect.signature(make).parameters}
-"""Options of other programs: downloading, torchrun, ci/ and custom.phantom."""
+OTHER_OPTIONS = {
+    *("name", "url", "bundle_dir", "nnodes", "slow", "without_weights"),
+    *inspect.signature(make).parameters,
+    *(
+        name
+        for command in (study.run, study.cross_validate, study.serve)
+        for name in inspect.signature(command).parameters
+    ),
+}
+"""Options of other programs: downloading, torchrun, ci/, custom.phantom and custom.study."""
 NO_OPTIONS = {
     *("calibrating", "evaluating", "finalize", "generating", "imports", "initialize", "measuring", "pretraining"),
     *("reporting", "run", "synthesizing", "training"),

@@ -17,7 +17,7 @@ PRINTED = [found for guide in GUIDES for found in re.findall(r"python -m custom\
 
 
 def test_the_guides_print_every_command():
-    assert {line.split()[0] for line in PRINTED} == {"check", "run", "cross_validate", "serve"}
+    assert {line.split()[0] for line in PRINTED} == {"check", "run", "cross_validate", "serve", "export"}
 
 
 @pytest.mark.parametrize("line", PRINTED)
