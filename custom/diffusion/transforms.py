@@ -235,7 +235,7 @@ class RandPaintPriord(PaintPriord, Randomizable):
         self,
         *,
         nominal_hu: Sequence[float],
-        mode_prob: Sequence[float] = (0.85, 0.1, 0.05),
+        mode_prob: Sequence[float] = (0.85, 0.15, 0.0),
         thin_labels: Sequence[int] = (),
         use_prior: bool = True,
     ) -> None:

@@ -197,6 +197,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("contrast_shift_hu", "smoothing_mm", "margin_mm", "nsd_tolerance_mm"), _least(0, "1.0")),
     "cl_dice_weight": _least(0, "0.5"),
     "method": _one_of("predicted_variance", "skip_sampling"),
+    "mode": _one_of("template", "mask_only"),  # what nothing is told for is no cardiac CT yet (docs/FINDINGS.md)
     "cache_rate": _share("1.0", with_0=True, with_1=True),
     "smallest_confidence": _share("0.05", with_0=True, with_1=False),
     "overlap": _share("0.25", with_0=True, with_1=False),
