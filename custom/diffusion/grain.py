@@ -10,9 +10,9 @@ import torch
 from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.volumes.grids import as_batch, on_grid_of, spacing_of
 from custom.volumes.intensity import (
-    GRAIN_REACH,
     draw_grain,
     fine_spectrum,
+    gaussian_spectrum,
     grain_kernel,
     grain_spectrum,
     interior_noise_sd,
@@ -21,6 +21,8 @@ from custom.volumes.intensity import (
     with_grain,
 )
 from monai.transforms import Transform
+
+_LEAST_SHARE = 0.1  # of a spectrum, ours: where a structure lacks next to nothing, noise of few waves would be stripes
 
 
 class SplitNoised(Transform):
@@ -81,14 +83,11 @@ class NominalAppearanced(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Complete one item, which holds `label`."""
         means = torch.tensor(self.nominal_hu, dtype=torch.float32)
-        size = 2 * GRAIN_REACH + 1
-        lines = [np.fft.fftfreq(size), np.fft.fftfreq(size), np.fft.rfftfreq(size)]
-        edges = spacing_of(data["label"])
-        squares = np.meshgrid(*[(f * self.blur_mm / e) ** 2 for f, e in zip(lines, edges, strict=True)], indexing="ij")
+        sigma = [self.blur_mm / edge for edge in spacing_of(data["label"])]
         return {
             **data,
             "statistics": torch.stack([means, torch.full_like(means, self.noise_sd_hu)], 1),
-            "grain_spectrum": torch.from_numpy(np.exp(-4 * np.pi**2 * sum(squares)))[None],
+            "grain_spectrum": torch.from_numpy(gaussian_spectrum(self.noise_sd_hu, sigma))[None],
             "grain_sd": on_grid_of(torch.ones_like(as_batch(data["label"])), data["label"]),
             "noise_sd": self.noise_sd_hu,
         }
@@ -129,7 +128,7 @@ class AddGraind(Transform):
         """Put grain on one item."""
         structure, label, strength = (as_batch(data[k])[0, -1].cpu().numpy() for k in (self.key, "label", "grain_sd"))
         spectrum = self.factor**2 * as_batch(data["grain_spectrum"])[0, 0].cpu().numpy()
-        kernel = grain_kernel((spectrum - fine_spectrum(structure, label)).clip(min=0))
+        kernel = grain_kernel(np.maximum(spectrum - fine_spectrum(structure, label), _LEAST_SHARE * spectrum))
         size = [n + k - 1 for n, k in zip(structure.shape, kernel.shape, strict=True)]
         white = case_noise(size, self.seed, f"grain of {data['case']}").numpy()
         image = with_grain(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from custom.geometry.topology import bounding_box
@@ -225,6 +227,29 @@ def _clipped(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Within three standard deviations: what denoising missed of edges and lung vessels is no grain."""
     sd = float(values[inside].std())
     return np.clip(values, -_CLIPPED_AT * sd, _CLIPPED_AT * sd)
+
+
+def gaussian_spectrum(noise_sd_hu: float, sigma_voxels: Sequence[float]) -> np.ndarray:
+    """Power spectrum of white noise blurred by a Gaussian, as strong as makes its :func:`noise_sd` the given one.
+
+    That looks at Haar bands that are high-pass along two axes or three, so the noise as a whole is stronger.
+
+    Args:
+        noise_sd_hu: HU.
+        sigma_voxels: of the Gaussian along each axis.
+
+    Returns:
+        (17, 17, 9) as :func:`power_spectrum`.
+    """
+    size = 2 * GRAIN_REACH + 1
+    lines = [np.fft.fftfreq(size), np.fft.fftfreq(size), np.fft.rfftfreq(size)]
+    f = np.meshgrid(*lines, indexing="ij")
+    spectrum = np.exp(-4 * np.pi**2 * sum((along * s) ** 2 for along, s in zip(f, sigma_voxels, strict=True)))
+    low, high = ([1 + sign * np.cos(2 * np.pi * along) for along in f] for sign in (1, -1))
+    fine = high[0] * high[1] * low[2] + high[0] * low[1] * high[2] + low[0] * high[1] * high[2]
+    fine = (fine + high[0] * high[1] * high[2]) / 4
+    twice = np.where(lines[2] > 0, 2, 1)  # what `rfftn` leaves out
+    return spectrum * (noise_sd_hu**2 / ((spectrum * fine * twice).sum() / size**3))
 
 
 def grain_kernel(spectrum: np.ndarray) -> np.ndarray:

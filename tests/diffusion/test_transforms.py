@@ -5,7 +5,7 @@ import pytest
 import torch
 from custom.diffusion.coarse import low_pass
 from custom.diffusion.context import MODES, Context
-from custom.diffusion.grain import AddGraind, MeasureGraind, SplitNoised
+from custom.diffusion.grain import AddGraind, MeasureGraind, NominalAppearanced, SplitNoised
 from custom.diffusion.noise import case_noise
 from custom.diffusion.transforms import AlignTemplated, LabelStatisticsd, PaintPriord, RandPaintPriord, VaryContrastd
 from custom.volumes.grids import as_batch
@@ -310,6 +310,34 @@ def lag_one(values):
         )
         for axis, n in enumerate(values.shape)
     ]
+
+
+def striped(values, lag=6):
+    """Largest correlation of a texture with itself some voxels on, along any axis."""
+    shifted = [[np.take(values, range(k, n + k - lag), a) for k in (0, lag)] for a, n in enumerate(values.shape)]
+    return max(abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) for first, second in shifted)
+
+
+@pytest.mark.parametrize("texture_hu", [0.0, 1.5, 2.0, 3.0, 8.0])
+def test_nominal_grain_is_no_stripes_whatever_texture_a_structure_has(texture_hu):
+    """A spectrum of another unit than the structure's left few waves over, and images of stripes."""
+    structure = structure_of()
+    structure["pred"] = structure["pred"] + texture_hu * noise(1, 28, 26, 24, seed=9)
+    result = put_on(NominalAppearanced(nominal_hu=NOMINAL_HU)(structure), structure)
+    grain = (result["pred"] - structure["pred"])[0].numpy()
+    assert striped(grain) < 0.1
+    assert 10 < grain.std() < 45
+    assert noise_of(result) == pytest.approx(25, rel=0.05)
+
+
+def test_grain_of_a_scan_is_no_stripes_where_a_structure_lacks_next_to_nothing():
+    item = measured(scan(30.0, blur=0.7))
+    structure = structure_of()
+    texture = ndimage.gaussian_filter(noise(1, 28, 26, 24, seed=9).numpy(), [0, 0.7, 0.7, 0.7])
+    structure["pred"] = structure["pred"] + torch.from_numpy(29.0 / texture.std() * texture)
+    grain = (put_on(item, structure)["pred"] - structure["pred"])[0].numpy()
+    assert striped(grain) < 0.1
+    assert grain.std() < 20
 
 
 def test_drawn_grain_is_as_coarse_as_the_noise_of_the_scan_and_another():

@@ -6,6 +6,7 @@ import torch
 from custom.volumes.intensity import (
     draw_grain,
     fine_spectrum,
+    gaussian_spectrum,
     grain_kernel,
     grain_spectrum,
     interior,
@@ -425,3 +426,20 @@ def test_splitting_leaves_a_thin_vessel_its_contrast():
     for index, true in ((1, 100), (2, 300)):
         assert structure[label == index].mean() == pytest.approx(true, abs=4)
     assert np.abs(structure - clean)[label > 0].mean() < 0.5 * np.abs(image - clean)[label > 0].mean()
+
+
+@pytest.mark.parametrize("sigma_voxels", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.6, 0.5, 0.4)])
+def test_noise_of_a_gaussian_spectrum_is_as_strong_as_asked(sigma_voxels):
+    spectrum = gaussian_spectrum(25.0, sigma_voxels)
+    twice = np.r_[1, np.full(spectrum.shape[2] - 1, 2)]  # what `rfftn` leaves out
+    sd = np.sqrt((spectrum * twice).sum() / 17**3)
+    drawn = sd * draw_grain(grain_kernel(spectrum), noise_for(LARGE))
+    assert noise_sd(drawn, np.ones(LARGE, int)) == pytest.approx(25, rel=0.08)
+
+
+def test_noise_of_a_gaussian_spectrum_is_correlated_as_blurred_white_noise():
+    """The autocorrelation of a Gaussian of deviation s is one of deviation s sqrt(2)."""
+    drawn = draw_grain(grain_kernel(gaussian_spectrum(10.0, (0.9, 0.9, 1.2))), noise_for(LARGE))
+    for axis, sigma in enumerate((0.9, 0.9, 1.2)):
+        first, second = (np.take(drawn, range(k, LARGE[axis] - 1 + k), axis).ravel() for k in (0, 1))
+        assert np.corrcoef(first, second)[0, 1] == pytest.approx(np.exp(-1 / (4 * sigma**2)), abs=0.03)
