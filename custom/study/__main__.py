@@ -98,7 +98,7 @@ def run(
         return say_plan(stages, stages)
     run_stages(stages, root, listed)
     logger.info("report: %s", root / "synthetic/report.html")
-    logger.info("segmenter: %s; serve it: python -m custom.study serve --output_dir %s", stages[-4].product, root)
+    logger.info("segmenter: %s; `serve` puts it into MONAI Label", root / "cal/models/model.pt")
 
 
 def cross_validate(
