@@ -73,11 +73,11 @@ class NominalAppearanced(Transform):
 
     Args:
         nominal_hu: mean of every label, background first.
-        noise_sd_hu: of the grain, whose spectrum is that of a Gaussian. Ours: the middle of what scanners have.
-        blur_mm: standard deviation of that Gaussian; ours, of a point spread as of phantoms.
+        noise_sd_hu: of the grain, whose spectrum is that of a Gaussian; of phantoms, which have 15 to 41, the middle.
+        blur_mm: standard deviation of that Gaussian, as of phantoms too.
     """
 
-    def __init__(self, *, nominal_hu: Sequence[float], noise_sd_hu: float = 25.0, blur_mm: float = 0.7) -> None:
+    def __init__(self, *, nominal_hu: Sequence[float], noise_sd_hu: float = 30.0, blur_mm: float = 0.3) -> None:
         self.nominal_hu, self.noise_sd_hu, self.blur_mm = list(nominal_hu), noise_sd_hu, blur_mm
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

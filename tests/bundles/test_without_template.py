@@ -86,7 +86,7 @@ def test_there_is_grain_on_a_structure_that_can_be_kept(cohort, weights, tmp_pat
     image, structure = rendered(cohort, tmp_path / "grain", weights, **still)
     assert abs(structure[chamber].mean() - Anatomy(rows).nominal_hu[3]) < 15
     assert structure[chamber].std() < 10
-    assert 8 < (image - structure)[chamber].std() < 40, "25 HU, less what interpolation takes"
+    assert 8 < (image - structure)[chamber].std() < 45, "30 HU, less what interpolation takes"
     smooth, of_smooth = rendered(cohort, tmp_path / "smooth", weights, **still, grain=0.0)
     np.testing.assert_array_equal(smooth, structure)
     np.testing.assert_array_equal(of_smooth, structure)
