@@ -14,9 +14,10 @@ from custom.study.bundles import find_bundles
 from custom.study.cases import SECTIONS, cases_in, is_folder, listed_cases, write_datalist
 from custom.study.checking import check_cases
 from custom.study.folds import summarise, write_folds
+from custom.study.planning import plan
 from custom.study.running import run_stages, say_plan
 from custom.study.serving import serve as serve_segmenter
-from custom.study.stages import Settings, Stage, plan
+from custom.study.stages import Settings, Stage, Study
 from custom.synthesis.nnunet import export_nnunet
 
 logger = logging.getLogger("study")
@@ -46,7 +47,7 @@ def _stages(datalist: Path, root: Path, bundles: str | None, overrides: str | No
             f"{datalist}: needs a case of each section, got none of {absent}: cases to learn from, one that chooses "
             "weights, and one to measure on; with fewer follow docs/FIVE_CASES.md step by step"
         )
-    return plan(find_bundles(bundles, overrides), datalist, root, settings, sizes)
+    return plan(Study(find_bundles(bundles, overrides), datalist, root, settings, sizes))
 
 
 def run(
@@ -89,7 +90,7 @@ def run(
         cases, listed = cases_in(datalist), root / "datalist.json"
         if dry_run and not listed.is_file():
             sizes = Counter({"training": len(cases) - 2, "validation": 1, "test": 1})
-            stages = plan(find_bundles(bundles, overrides), listed, root, settings, sizes)
+            stages = plan(Study(find_bundles(bundles, overrides), listed, root, settings, sizes))
             return say_plan(stages, stages)
         root.mkdir(parents=True, exist_ok=True)
         write_datalist(cases, listed)

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 from custom.evaluation.comparison import COUNTS, paired_table
 from custom.runs.files import write_json, write_table
+from custom.study.stages import ARMS
 
 logger = logging.getLogger(__name__)
 
-ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal"}
 _MEASURES = ("dice", "cl_dice", "hd95_mm", *COUNTS)
 
 

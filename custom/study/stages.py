@@ -1,4 +1,4 @@
-"""The stages of a study, in their order: what each is, its command, when it is done, and about how long it takes."""
+"""A stage of a study, what a user decides of one, and what all stages have in common."""
 
 from __future__ import annotations
 
@@ -11,22 +11,9 @@ from typing import Any
 from custom.runs.options import is_number
 from custom.study.bundles import Bundles
 
-SECONDS = {
-    "mask": 12.0,
-    "rendering": 40.0,
-    "measuring": 20.0,
-    "step": 0.9,
-    "validation": 8.0,
-    "evaluation": 30.0,
-    "generator step": 1.1,
-    "phantom": 8.0,
-    "start": 20.0,
-}
-"""Of a case, or a training step, on two cores, at 0.8 mm: a first guess, which gives way to what a run measures."""
-SYNTHESIS = ("inference.json", "synthesize.json")
+ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal"}
+"""Segmenters that are compared: in words, and the folder of each."""
 _EPOCH = re.compile(r"Epoch: (\d+)/(\d+), Iter: (\d+)/(\d+)")
-_SAMPLES, _BATCH, _VAL_INTERVAL = 32, 2, 5  # of the segmenter's train.json
-_PHANTOMS = 40
 _SPACINGS_MM = (0.5, 3.0)  # ours: finer masks are more than the generator draws, coarser ones hold no coronaries
 
 
@@ -51,10 +38,6 @@ class Stage:
     seconds: float
     needs: Sequence[str] = ()
     share: Callable[[Path], float | None] = lambda log: None
-
-
-def _counted(pattern: str, root: Path, total: int) -> Callable[[Path], float | None]:
-    return lambda log: min(1.0, len(list(root.glob(pattern))) / total)
 
 
 def trained(log: Path) -> float | None:
@@ -101,210 +84,34 @@ class Settings:
             )
 
 
-def plan(bundles: Bundles, datalist: Path, root: Path, settings: Settings, sizes: Mapping[str, int]) -> list[Stage]:
-    """All stages of a study.
+@dataclass(frozen=True)
+class Study:
+    """What all stages have in common.
 
-    Args:
+    Attributes:
         bundles: both.
         datalist: JSON with "training", "validation" and "test".
         root: folder of all results.
         settings: of the study.
         sizes: section -> number of cases.
     """
-    generator, segmenter = bundles.generator, bundles.segmenter
-    seed = {"seed": settings.seed}
-    cases = {"datalists": [str(datalist)]}
-    stages: list[Stage] = []
 
-    def add(name: str, title: str, bundle: Path, entry: str, configs: Sequence[str], product: str, **more: Any) -> None:
-        command = bundles.command(bundle, entry, configs, {**more.pop("options"), **seed})
-        stages.append(Stage(name, title, command, root / product, **more))
+    bundles: Bundles
+    datalist: Path
+    root: Path
+    settings: Settings
+    sizes: Mapping[str, int]
 
-    add(
-        "masks",
-        f"{settings.count} new label maps from {sizes['training']} cases",
-        generator,
-        "generating",
-        ["generate_masks.json"],
-        "masks/datalist.json",
-        options={
-            "reference_datalist": datalist,
-            "count": settings.count,
-            "spacing_mm": [settings.spacing_mm] * 3,
-            "workers": settings.workers,
-            "output_dir": root / "masks",
-        },
-        seconds=SECONDS["start"] + SECONDS["mask"] * (settings.count + sizes["training"]) / max(1, settings.workers),
-        share=_counted("records/*.json", root / "masks", settings.count),
-    )
-    weights = {"ckpt_dir": generator / "models"}
-    if settings.finetune:
-        weights = {"ckpt_dir": root / "generator/models"}
-        stages += _finetuning(bundles, datalist, root, settings)
-    templates = {"template_datalist": datalist, "confidence_table": root / "confidence.json", **weights}
-    tuned = ["generator"] * bool(settings.finetune)
-    add(
-        "confidence",
-        f"how far to trust an image, by {sizes['validation']} held-out case(s)",
-        generator,
-        "calibrating",
-        [*SYNTHESIS, "calibrate.json"],
-        "confidence.json",
-        options=templates,
-        seconds=SECONDS["start"] + SECONDS["rendering"] * sizes["training"] * sizes["validation"],
-        needs=tuned,
-    )
-    synthetic = {**templates, "output_dir": root / "synthetic"}
-    add(
-        "images",
-        f"an image and a confidence map of each of the {settings.count} label maps",
-        generator,
-        "synthesizing",
-        SYNTHESIS,
-        "synthetic/datalist.json",
-        options={**synthetic, "mask_datalist": root / "masks/datalist.json"},
-        seconds=SECONDS["start"] + SECONDS["rendering"] * settings.count,
-        needs=["masks", "confidence", *tuned],
-        share=_counted("records/*.json", root / "synthetic", settings.count),
-    )
-    if sizes["training"] > 1 and sizes["validation"] + sizes["test"] > 1:
-        add(
-            "measures",
-            "the set beside real cases: realism, diversity, copies",
-            generator,
-            "measuring",
-            [*SYNTHESIS, "measure_set.json"],
-            "synthetic/set_metrics.json",
-            options=synthetic,
-            seconds=SECONDS["start"] + SECONDS["measuring"] * (settings.count + sum(sizes.values())),
-            needs=["images"],
-        )
-    cal, real = root / "cal", root / "real_only"
-    pretraining, fine = 2 * settings.epochs // 3, settings.epochs - 2 * settings.epochs // 3
-    add(
-        "pretraining",
-        f"a segmenter pre-trained on the set, trusting it as far as it should (CAL), {pretraining} epochs",
-        segmenter,
-        "pretraining",
-        ["train.json", "pretrain.json"],
-        "cal/models/pretrained.pt",
-        options={
-            **cases,
-            "synthetic_datalists": [str(root / "synthetic/datalist.json")],
-            "real_datalists": [str(datalist)],
-            **_epochs(pretraining),
-            "warmup_epochs": pretraining // 10,
-            "ramp_epochs": pretraining // 5,
-            "output_dir": cal / "pretraining",
-            "ckpt_dir": cal / "models",
-        },
-        seconds=_training_seconds(pretraining),
-        needs=["images"],
-        share=trained,
-    )
-    add(
-        "finetuning",
-        f"the same, fine-tuned on the real cases, {fine} epochs",
-        segmenter,
-        "training",
-        ["train.json"],
-        "cal/models/model.pt",
-        options={
-            **cases,
-            **_epochs(fine),
-            "learning_rate": 0.002,
-            "output_dir": cal / "training",
-            "ckpt_dir": cal / "models",
-        },
-        seconds=_training_seconds(fine),
-        needs=["pretraining"],
-        share=trained,
-    )
-    add(
-        "real_only",
-        f"a segmenter of real cases alone, to compare with, {settings.epochs} epochs",
-        segmenter,
-        "training",
-        ["train.json"],
-        "real_only/models/model.pt",
-        options={**cases, **_epochs(settings.epochs), "output_dir": real / "training", "ckpt_dir": real / "models"},
-        seconds=_training_seconds(settings.epochs),
-        share=trained,
-    )
-    for name, needed in (("real_only", "real_only"), ("cal", "finetuning")):
-        add(
-            f"evaluation_{name}",
-            f"{name} on {sizes['test']} test case(s)",
-            segmenter,
-            "evaluating",
-            ["train.json", "evaluate.json"],
-            f"{name}/evaluation/labels.csv",
-            options={**cases, "output_dir": root / name / "evaluation", "ckpt_dir": root / name / "models"},
-            seconds=SECONDS["start"] + SECONDS["evaluation"] * sizes["test"],
-            needs=[needed],
-        )
-    compared = {"real cases only": real / "evaluation", "CAL, then real cases": cal / "evaluation"}
-    add(
-        "report",
-        "both segmenters and the set on one page",
-        generator,
-        "reporting",
-        SYNTHESIS,
-        "synthetic/report.html",
-        options={"output_dir": root / "synthetic", "evaluations": {k: str(v) for k, v in compared.items()}},
-        seconds=SECONDS["start"],
-        needs=[
-            "images",
-            *["measures"] * any(s.name == "measures" for s in stages),
-            "evaluation_real_only",
-            "evaluation_cal",
-        ],
-    )
-    return stages
+    def stage(
+        self, name: str, title: str, run: tuple[Path, str, Sequence[str]], options: Mapping[str, Any], **more: Any
+    ) -> Stage:
+        """One run of a bundle.
 
-
-def _finetuning(bundles: Bundles, datalist: Path, root: Path, settings: Settings) -> list[Stage]:
-    """Phantoms, which teach what edges look like, and the generator trained on with them and the cases."""
-    phantoms = root / "phantoms"
-    size = {"--subjects": _PHANTOMS, "--seed": 1, "--shape": "96,96,96", "--spacing_mm": 1.5}
-    parts = [str(part) for pair in size.items() for part in pair]
-    make = ["-m", "custom.phantom", "make", "--output_dir", str(phantoms), *parts, "--workers", str(settings.workers)]
-    options = {
-        "datalists": [str(datalist), str(phantoms / "datalist.json")],
-        "pretrained": bundles.generator / "models/model.pt",
-        "max_epochs": settings.finetune,
-        "moments_epochs": 0,
-        "warmup_epochs": min(1, settings.finetune - 1),
-        "learning_rate": 0.0005,
-        "output_dir": root / "generator/training",
-        "ckpt_dir": root / "generator/models",
-        "seed": settings.seed,
-    }
-    return [
-        Stage(
-            "phantoms",
-            f"{_PHANTOMS} phantoms",
-            make,
-            phantoms / "datalist.json",
-            SECONDS["start"] + SECONDS["phantom"] * _PHANTOMS / max(1, settings.workers),
-            share=_counted("images/*.nii.gz", phantoms, _PHANTOMS),
-        ),
-        Stage(
-            "generator",
-            f"the generator trained on with the cases and phantoms, {settings.finetune} epochs",
-            bundles.command(bundles.generator, "training", ["train.json"], options),
-            root / "generator/models/model.pt",
-            SECONDS["start"] + SECONDS["generator step"] * 64 * settings.finetune,
-            ["phantoms"],
-            trained,
-        ),
-    ]
-
-
-def _epochs(epochs: int) -> dict[str, Any]:
-    return {"max_epochs": epochs, "val_interval": min(_VAL_INTERVAL, epochs)}
-
-
-def _training_seconds(epochs: int) -> float:
-    steps, validations = epochs * _SAMPLES / _BATCH, epochs / _VAL_INTERVAL
-    return SECONDS["start"] + SECONDS["step"] * steps + SECONDS["validation"] * validations
+        Args:
+            name, title: of the stage.
+            run: bundle, what is run of it, names of configs.
+            options: of the run; the seed is added.
+            more: of the stage; its product is named below the root.
+        """
+        command = self.bundles.command(*run, {**options, "seed": self.settings.seed})
+        return Stage(name, title, command, self.root / more.pop("product"), **more)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from custom.runs.command_line import check_command_line
 from custom.study.bundles import find_bundles, typed
+from custom.study.planning import plan
 from custom.study.running import StageError, _Clock, run_stages, say_plan, unfinished
-from custom.study.stages import Settings, Stage, plan, trained
+from custom.study.stages import Settings, Stage, Study, trained
 from helpers import ROOT
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
@@ -142,7 +143,7 @@ def test_the_share_of_a_training_is_read_from_its_log(tmp_path):
 def test_every_command_of_the_plan_is_one_that_the_bundles_know(tmp_path, finetune):
     settings = Settings(count=3, epochs=9, finetune=finetune)
     sizes = {"training": 3, "validation": 1, "test": 1}
-    stages = plan(find_bundles(), tmp_path / "datalist.json", tmp_path, settings, sizes)
+    stages = plan(Study(find_bundles(), tmp_path / "datalist.json", tmp_path, settings, sizes))
     names = [s.name for s in stages]
     assert len(set(names)) == len(names)
     assert ("generator" in names) == bool(finetune)
@@ -164,7 +165,9 @@ def _listed(config):
 
 
 def test_a_set_that_cannot_be_measured_is_not(tmp_path):
-    few = plan(find_bundles(), tmp_path / "d.json", tmp_path, Settings(), {"training": 1, "validation": 1, "test": 1})
+    few = plan(
+        Study(find_bundles(), tmp_path / "d.json", tmp_path, Settings(), {"training": 1, "validation": 1, "test": 1})
+    )
     assert "measures" not in [s.name for s in few]
 
 
@@ -182,7 +185,7 @@ def test_a_voxel_size_out_of_range_is_refused_by_name():
 def test_the_plan_shows_each_command_as_it_could_be_typed(tmp_path, caplog):
     caplog.set_level("INFO")
     sizes = {"training": 3, "validation": 1, "test": 1}
-    stages = plan(find_bundles(), tmp_path / "datalist.json", tmp_path, Settings(), sizes)
+    stages = plan(Study(find_bundles(), tmp_path / "datalist.json", tmp_path, Settings(), sizes))
     say_plan(stages, stages[2:])
     assert f"{len(stages)} stages, {len(stages) - 2} of them to do" in caplog.text
     line = next(line for line in caplog.messages if "run synthesizing" in line).strip()
