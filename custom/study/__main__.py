@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fire
 from custom.runs.command_line import check_flags
+from custom.runs.files import make_folder
 from custom.study.bundles import find_bundles
-from custom.study.cases import SECTIONS, cases_in, is_folder, listed_cases, write_datalist
+from custom.study.cases import SECTIONS, cases_in, divided, is_folder, listed_cases, write_datalist
 from custom.study.checking import check_cases
 from custom.study.folds import summarise, write_folds
 from custom.study.planning import plan
 from custom.study.running import run_stages, say_plan
 from custom.study.serving import serve as serve_segmenter
-from custom.study.stages import Settings, Stage, Study
+from custom.study.stages import Settings, Study
 from custom.synthesis.nnunet import export_nnunet
 
 logger = logging.getLogger("study")
@@ -40,14 +41,28 @@ def check(datalist: str, bundles: str | None = None, overrides: str | None = Non
         sys.exit(1)
 
 
-def _stages(datalist: Path, root: Path, bundles: str | None, overrides: str | None, settings: Settings) -> list[Stage]:
-    sizes = Counter(case["section"] for case in listed_cases(str(datalist)))
-    if absent := [section for section in SECTIONS if not sizes[section]]:
+def _by_section(datalist: Path) -> dict[str, list[dict[str, Any]]]:
+    """Cases of a list by section.
+
+    Raises:
+        ValueError: where a section has none.
+    """
+    cases = listed_cases(str(datalist))
+    found = {section: [case for case in cases if case["section"] == section] for section in SECTIONS}
+    if absent := [section for section in SECTIONS if not found[section]]:
         raise ValueError(
             f"{datalist}: needs a case of each section, got none of {absent}: cases to learn from, one that chooses "
             "weights, and one to measure on; with fewer follow docs/FIVE_CASES.md step by step"
         )
-    return plan(Study(find_bundles(bundles, overrides), datalist, root, settings, sizes))
+    return found
+
+
+def _run_or_say(study: Study, dry_run: bool) -> None:
+    stages = plan(study)
+    if dry_run:
+        say_plan(stages, stages)
+    else:
+        run_stages(stages, study.root, *study.inputs())
 
 
 def run(
@@ -76,7 +91,7 @@ def run(
         finetune: epochs for which the generator is trained on with the cases; 0 takes it as it comes.
         workers: processes that make label maps.
         seed: of all stages.
-        spacing_mm: voxel size of new label maps and their images; 1.5 is three times as fast, and blurs coronaries.
+        spacing_mm: voxel size of new label maps and their images; 1.5 is twice as fast, and blurs coronaries.
         bundles: folder with both bundles, where they do not lie beside this package.
         overrides: JSON file with options that every run of a bundle gets last.
         dry_run: only say what would be run.
@@ -85,21 +100,20 @@ def run(
     settings = Settings(
         count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm
     )
-    listed = Path(datalist).expanduser().resolve()
+    found = find_bundles(bundles, overrides)
     if is_folder(datalist):
-        cases, listed = cases_in(datalist), root / "datalist.json"
-        if dry_run and not listed.is_file():
-            sizes = Counter({"training": len(cases) - 2, "validation": 1, "test": 1})
-            stages = plan(Study(find_bundles(bundles, overrides), listed, root, settings, sizes))
-            return say_plan(stages, stages)
-        root.mkdir(parents=True, exist_ok=True)
-        write_datalist(cases, listed)
-    stages = _stages(listed, root, bundles, overrides, settings)
-    if dry_run:
-        return say_plan(stages, stages)
-    run_stages(stages, root, listed)
-    logger.info("report: %s", root / "synthetic/report.html")
-    logger.info("segmenter: %s; `serve` puts it into MONAI Label", root / "cal/models/model.pt")
+        listed, in_folder = root / "datalist.json", cases_in(datalist)
+        if not dry_run:
+            make_folder(str(root))
+            write_datalist(in_folder, listed)
+        study = Study(found, listed, root, settings, divided(in_folder))
+    else:
+        listed = Path(datalist).expanduser().resolve()
+        study = Study(found, listed, root, settings, _by_section(listed))
+    _run_or_say(study, dry_run)
+    if not dry_run:
+        logger.info("report: %s", root / "synthetic/report.html")
+        logger.info("segmenter: %s; `serve` puts it into MONAI Label", root / "cal/models/model.pt")
 
 
 def cross_validate(
@@ -132,11 +146,8 @@ def cross_validate(
     lists = write_folds(cases, root, folds)
     for number, listed in enumerate(lists, start=1):
         logger.info("fold %d of %d: %s", number, len(lists), listed.parent)
-        stages = _stages(listed, listed.parent, bundles, overrides, settings)
-        if dry_run:
-            say_plan(stages, stages)
-        else:
-            run_stages(stages, listed.parent, listed)
+        found = find_bundles(bundles, overrides)
+        _run_or_say(Study(found, listed, listed.parent, settings, _by_section(listed)), dry_run)
     if not dry_run:
         logger.info("\n%s", summarise([listed.parent for listed in lists], root))
         logger.info("by label: %s", root / "cross_validation_labels.csv")

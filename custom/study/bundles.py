@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.volumes.anatomy import Anatomy
+from monai.bundle import ConfigParser
 
 GENERATOR, SEGMENTER = "structdiff_cardiac", "structdiff_seg_cal"
 _LISTED = re.compile(r"[^\"$`\\!]*'[^\"$`\\!]*")  # lists and dictionaries are easier to read in double quotes
@@ -50,16 +51,10 @@ class Bundles:
 
     def labels(self) -> tuple[Anatomy, Mapping[str, Sequence[int]]]:
         """The label table and the renumbering of label maps that all stages work with."""
-        config = json.loads((self.generator / "configs/generate_masks.json").read_text())
-        own = {} if self.overrides is None else json.loads(self.overrides.read_text())
-        rows, mapping = (dict(own.get(name, config[name])) for name in ("anatomy", "label_mapping"))
-        for name, value in own.items():  # as MONAI writes a single value: "anatomy#10#components"
-            block, *path = name.split("#")
-            if len(path) == 2 and block == "anatomy":
-                rows[path[0]] = {**rows.get(path[0], {}), path[1]: value}
-            elif len(path) == 1 and block in ("anatomy", "label_mapping"):
-                (rows if block == "anatomy" else mapping)[path[0]] = value
-        return Anatomy(rows), mapping
+        parser = ConfigParser()
+        own = [] if self.overrides is None else [str(self.overrides)]
+        parser.read_config([str(self.generator / "configs/generate_masks.json"), *own])
+        return parser.get_parsed_content("labels"), parser.get_parsed_content("label_mapping")
 
 
 def find_bundles(folder: str | None = None, overrides: str | None = None) -> Bundles:

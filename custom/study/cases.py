@@ -66,8 +66,8 @@ def is_folder(datalist: str) -> bool:
     return Path(datalist).expanduser().is_dir()
 
 
-def write_datalist(cases: Sequence[dict[str, Any]], path: Path) -> None:
-    """List cases of a folder by name: the last one tests, the one before chooses weights, the others teach.
+def divided(cases: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    """Cases of a folder by section: the last one by name tests, the one before chooses weights, the others teach.
 
     Raises:
         ValueError: for fewer than three.
@@ -77,5 +77,16 @@ def write_datalist(cases: Sequence[dict[str, Any]], path: Path) -> None:
             f"{len(cases)} cases: at least {_FEWEST} are needed, to learn from, to choose weights by, and to measure "
             "on; with fewer follow docs/FIVE_CASES.md step by step"
         )
-    sections = {"training": cases[:-2], "validation": cases[-2:-1], "test": cases[-1:]}
-    write_json(path, {name: [{k: case[k] for k in ("image", "label")} for case in c] for name, c in sections.items()})
+    return {"training": cases[:-2], "validation": cases[-2:-1], "test": cases[-1:]}
+
+
+def write_datalist(cases: Sequence[dict[str, Any]], path: Path) -> None:
+    """List cases of a folder as they are :func:`divided`.
+
+    Raises:
+        ValueError: for fewer than three.
+    """
+    listed = divided(cases).items()
+    write_json(
+        path, {section: [{k: case[k] for k in ("image", "label")} for case in found] for section, found in listed}
+    )

@@ -52,15 +52,18 @@ def _entry(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarise(folders: Sequence[Path], root: Path) -> str:
-    """Gather the evaluations of all folds; write `cases.csv` and `cross_validation.csv`, and return the latter as text.
+    """Gather the evaluations of all folds; write `cross_validation.csv` and, by label, `cross_validation_labels.csv`.
+
+    A case is named with its fold: alone in its list, it has the bare name of its file, which others may have too.
 
     Returns:
-        a table: mean and SD over cases of every measure and label, and the paired differences.
+        the first table: mean and SD over cases of every measure, and of the paired differences.
     """
     read: dict[str, pd.DataFrame] = {}
     for arm, name in ARMS.items():
         parts = [pd.read_csv(folder / name / "evaluation/labels.csv", dtype={"case": str}) for folder in folders]
-        read[arm] = pd.concat(parts, ignore_index=True).set_index(["case", "label"])
+        named = [part.assign(case=f"{k}/" + part["case"]) for k, part in enumerate(parts, start=1)]
+        read[arm] = pd.concat(named, ignore_index=True).set_index(["case", "label"])
     first, second = read.values()
     rows = []
     labels = [None, *first.index.unique("label")]

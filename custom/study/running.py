@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from custom.runs.files import file_hash, make_folder, read_json, write_json
+from custom.runs.files import content_hash, file_hash, make_folder, read_json, write_json
 from custom.runs.locks import lock_folder, unlock_folder
 from custom.runs.progress import duration
 from custom.study.bundles import environment, typed
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 DONE, LOGS = "done", "logs"
 _SAY_S = 60.0
 _POLL_S = 1.0
+_LEAST_LEFT = 0.25  # of what it has taken, ours: where a stage takes longer than guessed
 _TOLD_SHARE = 0.03  # ours: a rate from less than this is a guess
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -30,23 +31,23 @@ class StageError(RuntimeError):
     """A stage has failed; the message is what it said last."""
 
 
-def is_done(stage: Stage, root: Path, datalist: str) -> bool:
-    """Whether this very command has ended well, of this datalist, and what it made is there."""
+def is_done(stage: Stage, root: Path, inputs: str) -> bool:
+    """Whether this very command has ended well, of inputs of this hash, and what it made is there."""
     note = root / DONE / f"{stage.name}.json"
     if not note.is_file() or not stage.product.is_file():
         return False
-    return read_json(note, "delete it, the stage is run again") == _note(stage, datalist)
+    return read_json(note, "delete it, the stage is run again") == _note(stage, inputs)
 
 
-def _note(stage: Stage, datalist: str) -> dict[str, object]:
-    return {"command": list(stage.command), "datalist": datalist}
+def _note(stage: Stage, inputs: str) -> dict[str, object]:
+    return {"command": list(stage.command), "inputs": inputs}
 
 
-def unfinished(stages: Sequence[Stage], root: Path, datalist: str) -> list[Stage]:
+def unfinished(stages: Sequence[Stage], root: Path, inputs: str) -> list[Stage]:
     """Stages still to be run, and all that work on their results."""
     open_names: set[str] = set()
     for stage in stages:
-        if not is_done(stage, root, datalist) or open_names & set(stage.needs):
+        if not is_done(stage, root, inputs) or open_names & set(stage.needs):
             open_names.add(stage.name)
     return [stage for stage in stages if stage.name in open_names]
 
@@ -60,19 +61,20 @@ def say_plan(stages: Sequence[Stage], todo: Sequence[Stage]) -> None:
         logger.info("   %s", typed(stage.command))
 
 
-def run_stages(stages: Sequence[Stage], root: Path, datalist: Path) -> None:
+def run_stages(stages: Sequence[Stage], root: Path, *inputs: Path) -> None:
     """Run what is not done.
 
     Args:
         stages: in their order.
         root: folder of the study; gets `logs` and `done`.
-        datalist: that all work on.
+        inputs: files that all is made of: where one has changed, nothing is done.
 
     Raises:
+        FileNotFoundError: naming an input that is not there.
         StageError: naming the stage that failed, what it said last, its log and command.
         RuntimeError: when another process is at work there.
     """
-    content = file_hash(str(datalist))
+    content = content_hash(*(file_hash(str(file)).encode() for file in inputs))
     make_folder(str(root))
     lock_folder(str(root))
     try:
@@ -105,9 +107,7 @@ class _Clock:
     def said(self, stage: Stage, elapsed: float, first: float | None, share: float | None) -> str:
         """A line of progress."""
         later = sum(s.seconds for s in self.todo[self.todo.index(stage) + 1 :]) * self.pace()
-        left = max(
-            stage.seconds * self.pace() - elapsed, elapsed / 4
-        )  # ours, of a stage that takes longer than guessed
+        left = max(stage.seconds * self.pace() - elapsed, elapsed * _LEAST_LEFT)
         done = ""
         if share is not None:
             gained = share - (first or 0.0)
@@ -127,6 +127,7 @@ def _run(stage: Stage, log: Path, clock: _Clock) -> None:
     with log.open("a") as output:
         output.write(f"\n{typed(stage.command)}\n")
         output.flush()
+        before = output.tell()
         process = subprocess.Popen(
             [sys.executable, *stage.command],
             stdin=subprocess.DEVNULL,
@@ -149,9 +150,8 @@ def _run(stage: Stage, log: Path, clock: _Clock) -> None:
     seconds = time.monotonic() - start
     if process.returncode:
         raise StageError(
-            f"{stage.name}: stopped after {duration(seconds)}: {_last_words(log)}\n"
-            f"All that it said is in {log}; the command was\n{typed(stage.command)}\n"
-            "Mend what it names and run the study again: what is done is kept."
+            f"{stage.name}: stopped after {duration(seconds)}: {_cause(process.returncode, log, before)}; mend it and "
+            f"run the study again, what is done is kept (all that it said: {log}; command: {typed(stage.command)})"
         )
     if not stage.product.is_file():
         raise StageError(f"{stage.name}: has ended without writing {stage.product}; its log is {log}")
@@ -164,8 +164,12 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
 
 
-def _last_words(log: Path) -> str:
-    """The cause that a stage gives last, or its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _cause(code: int, log: Path, before: int) -> str:
+    """Why a stage ended: the signal that ended it, else the cause it gave last, or its last line, in this run of it."""
+    if code < 0:
+        return f"{signal.Signals(-code).name} ended it, as it does where memory is short"
+    with log.open(errors="replace") as said:
+        said.seek(before)
+        lines = [line.strip() for line in said if line.strip()]
     causes = [line for line in lines if line.startswith("ERROR: ")]
     return (causes or lines or ["it said nothing"])[-1].removeprefix("ERROR: ")

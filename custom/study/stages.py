@@ -93,14 +93,25 @@ class Study:
         datalist: JSON with "training", "validation" and "test".
         root: folder of all results.
         settings: of the study.
-        sizes: section -> number of cases.
+        cases: section -> its cases.
     """
 
     bundles: Bundles
     datalist: Path
     root: Path
     settings: Settings
-    sizes: Mapping[str, int]
+    cases: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Section -> number of cases."""
+        return {section: len(cases) for section, cases in self.cases.items()}
+
+    def inputs(self) -> list[Path]:
+        """Files that all results depend on."""
+        files = [case[key] for cases in self.cases.values() for case in cases for key in ("image", "label")]
+        own = [] if self.bundles.overrides is None else [self.bundles.overrides]
+        return [self.datalist, *own, self.bundles.generator / "models/model.pt", *map(Path, files)]
 
     def stage(
         self, name: str, title: str, run: tuple[Path, str, Sequence[str]], options: Mapping[str, Any], **more: Any

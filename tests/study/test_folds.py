@@ -52,7 +52,7 @@ def test_means_spread_and_paired_differences_are_over_the_cases_of_all_folds(tmp
         folders.append(tmp_path / f"fold_{fold}")
         for arm, dice in values.items():
             rows = [
-                {"case": fold, "label": label, "dice": d, "cl_dice": "", "hd95_mm": 2.0, "missed": 0, "invented": 0}
+                {"case": "seg", "label": label, "dice": d, "cl_dice": "", "hd95_mm": 2.0, "missed": 0, "invented": 0}
                 for label, d in zip(("a", "b"), dice, strict=True)
             ]
             (folders[-1] / arm / "evaluation").mkdir(parents=True)

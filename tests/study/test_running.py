@@ -25,6 +25,11 @@ def stage(root, name, needs=(), code=APPEND, seconds=1.0, text="x"):
     return Stage(name, f"makes {name}", ["-c", code, str(root / name), text], root / name, seconds, needs)
 
 
+def cases_of(training):
+    """Section -> cases, so many of them to learn from."""
+    return {"training": [{}] * training, "validation": [{}], "test": [{}]}
+
+
 @pytest.fixture
 def datalist(tmp_path):
     (tmp_path / "datalist.json").write_text("{}")
@@ -66,6 +71,29 @@ def test_a_failed_stage_is_named_with_its_last_words_log_and_command(tmp_path, d
     stages[1] = stage(tmp_path, "b")
     run_stages(stages, tmp_path, datalist)
     assert content(tmp_path, "a", "b", "c") == ["x", "x", "x"], "what was done is kept"
+
+
+def test_the_cause_is_that_of_this_run_of_a_stage(tmp_path, datalist):
+    with pytest.raises(StageError, match="first reason; mend it"):
+        run_stages([stage(tmp_path, "a", code="import sys; sys.exit('ERROR: first reason')")], tmp_path, datalist)
+    with pytest.raises(StageError, match="second reason; mend it"):
+        run_stages([stage(tmp_path, "a", code="import sys; sys.exit('second reason')")], tmp_path, datalist)
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(StageError, match="SIGKILL ended it, as it does where memory is short") as error:
+        run_stages([stage(tmp_path, "a", code=code)], tmp_path, datalist)
+    assert "\n" not in str(error.value), "the last line is the whole of it"
+
+
+def test_where_an_input_has_changed_nothing_is_done_and_one_that_is_missing_is_named(tmp_path, datalist):
+    own = tmp_path / "own.json"
+    own.write_text("1")
+    for text, made in (("1", "x"), ("1", "x"), ("2", "xx")):
+        own.write_text(text)
+        run_stages([stage(tmp_path, "a")], tmp_path, datalist, own)
+        assert content(tmp_path, "a") == [made]
+    own.unlink()
+    with pytest.raises(FileNotFoundError, match="own.json: there is no such file"):
+        run_stages([stage(tmp_path, "a")], tmp_path, datalist, own)
 
 
 def test_a_stage_that_writes_nothing_is_no_success(tmp_path, datalist):
@@ -142,7 +170,7 @@ def test_the_share_of_a_training_is_read_from_its_log(tmp_path):
 @pytest.mark.parametrize("finetune", [0, 2])
 def test_every_command_of_the_plan_is_one_that_the_bundles_know(tmp_path, finetune):
     settings = Settings(count=3, epochs=9, finetune=finetune)
-    sizes = {"training": 3, "validation": 1, "test": 1}
+    sizes = cases_of(3)
     stages = plan(Study(find_bundles(), tmp_path / "datalist.json", tmp_path, settings, sizes))
     names = [s.name for s in stages]
     assert len(set(names)) == len(names)
@@ -165,9 +193,7 @@ def _listed(config):
 
 
 def test_a_set_that_cannot_be_measured_is_not(tmp_path):
-    few = plan(
-        Study(find_bundles(), tmp_path / "d.json", tmp_path, Settings(), {"training": 1, "validation": 1, "test": 1})
-    )
+    few = plan(Study(find_bundles(), tmp_path / "d.json", tmp_path, Settings(), cases_of(1)))
     assert "measures" not in [s.name for s in few]
 
 
@@ -184,7 +210,7 @@ def test_a_voxel_size_out_of_range_is_refused_by_name():
 
 def test_the_plan_shows_each_command_as_it_could_be_typed(tmp_path, caplog):
     caplog.set_level("INFO")
-    sizes = {"training": 3, "validation": 1, "test": 1}
+    sizes = cases_of(3)
     stages = plan(Study(find_bundles(), tmp_path / "datalist.json", tmp_path, Settings(), sizes))
     say_plan(stages, stages[2:])
     assert f"{len(stages)} stages, {len(stages) - 2} of them to do" in caplog.text
