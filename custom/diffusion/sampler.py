@@ -7,10 +7,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from custom.diffusion.context import RESIDUAL_UNIT_HU, Context
+from custom.diffusion.context import MODES, RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import probability_flow
 from custom.diffusion.network import Condition, StructDiffUNet, near_labels
 from custom.diffusion.noise import HU_RANGE, case_noise
+from custom.diffusion.prior import with_label_means
 from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
@@ -164,8 +165,11 @@ class StructDiffInferer(Inferer):
         return rendered.clamp(*self.hu_range)
 
     def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        prior = Context.of(context).prior_hu
-        return crop_to(residual, prior.shape[2:]) * RESIDUAL_UNIT_HU + prior
+        """Structure of a residual; where there is a template, labels have the means that it says."""
+        known = Context.of(context)
+        image = crop_to(residual, known.prior_hu.shape[2:]) * RESIDUAL_UNIT_HU + known.prior_hu
+        guided = known.modes().view(-1, 1, 1, 1, 1) == MODES.index("template")
+        return torch.where(guided, with_label_means(image, known.target_label, known.prior_hu), image)
 
     def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> _Encoded:
         """Conditions of all windows and the moments of the whole volume, padded to even sizes."""

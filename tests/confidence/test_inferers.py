@@ -9,7 +9,6 @@ from custom.diffusion.network import StructDiffUNet
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.schedule import spaced_timesteps
 from custom.volumes.grids import crop_to
-from custom.volumes.haar import haar_unpack
 
 SIZE = (12, 10, 8)
 CASES = ["a", "b"]
@@ -53,8 +52,8 @@ def test_the_image_is_that_of_the_plain_inferer(network, context, options):
 
 def test_near_the_mean_the_variance_is_the_predicted_one_and_far_away_a_ninth_of_the_distance(network, context):
     with torch.no_grad():
-        *_, mean, sigma = network.encode(context)
-    expected = RESIDUAL_UNIT_HU * crop_to(haar_unpack(mean), SIZE) + context[:, 3:4]
+        *_, sigma = network.encode(context)
+    expected = render(context, network, 3, sample_strength=0.0)
     predicted = RESIDUAL_UNIT_HU**2 * crop_to(predicted_variance(sigma), SIZE)
     at_mean = PredictedVarianceInferer(3, sample_strength=0.0)(context, network, CASES)[:, 1:]
     torch.testing.assert_close(at_mean, predicted, rtol=1e-4, atol=1e-2)

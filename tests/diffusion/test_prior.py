@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from custom.diffusion.prior import bed_vessels, complete_statistics, fill_holes, paint_prior, template_background
+from custom.diffusion.prior import (
+    bed_vessels,
+    complete_statistics,
+    fill_holes,
+    paint_prior,
+    template_background,
+    with_label_means,
+)
 from scipy import ndimage
 
 SHAPE = (40, 36, 33)
@@ -94,6 +101,18 @@ def test_prior_paints_exactly_the_means_on_the_labels_and_the_background_elsewhe
         assert (prior[label == index] == means[index]).all()
     outside = label <= 0
     assert torch.equal(prior[outside], background[outside])
+
+
+def test_labels_are_shifted_to_the_means_of_the_prior_one_by_one():
+    label = torch.zeros(2, 1, 8, 8, 8)
+    label[:, :, :4], label[1, :, 5, 5, :7] = 1, 2  # the other has seven voxels, too few for a mean
+    prior = torch.where(label > 0, 300 * label, -60.0)
+    texture = torch.randn(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 20
+    image = prior + texture + 40 * label
+    shifted, large = with_label_means(image, label, prior), label == 1
+    assert torch.equal(shifted[~large], image[~large])
+    for sample, of_it, told in zip(shifted, large, texture, strict=True):
+        torch.testing.assert_close(sample[of_it], 300 + told[of_it] - told[of_it].mean(), rtol=0, atol=1e-3)
 
 
 def test_missing_labels_follow_the_shift_of_the_present_ones():
