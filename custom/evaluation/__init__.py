@@ -9,12 +9,13 @@ from custom.evaluation.handlers import (
     Previews,
     SegmentationPictures,
 )
-from custom.evaluation.labels import PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation.labels import DiceMetric, PresenceMetric, SurfaceMetric, TopologyMetric
 from custom.evaluation.records import read_set
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
 
 __all__ = [
+    "DiceMetric",
     "LabelTable",
     "MetricColumns",
     "MetricsFile",

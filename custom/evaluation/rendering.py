@@ -8,7 +8,8 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from custom.evaluation.labels import MASK_MEASURES, ColumnMetric, MaskPair, check_measures
+from custom.evaluation.labels import ColumnMetric
+from custom.evaluation.mask_pairs import MASK_MEASURES, MaskPair, check_measures
 from custom.geometry.topology import BoolArray, bounding_box
 from custom.volumes.intensity import LUNG_BELOW_HU, MIN_VOXELS, label_statistics, noise_sd
 from scipy import ndimage

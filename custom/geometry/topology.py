@@ -57,6 +57,12 @@ def bounding_box(mask: BoolArray) -> tuple[slice, slice, slice]:
     return h, w, d
 
 
+def grown_box(box: Sequence[slice], voxels: Sequence[int]) -> tuple[slice, slice, slice]:
+    """A box with so many voxels more on both sides of each axis, as far as there are any."""
+    h, w, d = (slice(max(s.start - n, 0), s.stop + n) for s, n in zip(box, voxels, strict=True))
+    return h, w, d
+
+
 def _cavities(padded: BoolArray) -> tuple[BoolArray, int]:
     """Cavities of a mask with a background margin, and their number."""
     components, total = ndimage.label(~padded)

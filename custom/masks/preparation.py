@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 from custom.geometry.centrelines import grow
-from custom.geometry.topology import BoolArray, betti_numbers, components_touching, fill_cavities, largest_components
+from custom.geometry.topology import (
+    BoolArray,
+    betti_numbers,
+    bounding_box,
+    components_touching,
+    fill_cavities,
+    grown_box,
+    largest_components,
+)
 from custom.volumes.anatomy import Label
 from custom.volumes.intensity import MIN_VOXELS
 from numpy.typing import NDArray
@@ -22,6 +30,8 @@ from scipy import ndimage
 __all__ = ["prepare_label_map"]
 
 LabelMap = NDArray[np.uint8]
+_TRUNCATE = 4.0  # standard deviations of a Gaussian, the default of scipy
+_BEYOND_MM = 3.0  # ours: farther from a label than that and the Gaussian's reach, another label or background is nearer
 _MAX_TUNNEL_MM2 = 40.0  # of a slice: trabeculae and pinholes, not a ring of vessels
 
 
@@ -50,13 +60,21 @@ def smooth_label_map(
         (H, W, D) uint8.
     """
     sigmas = [sigma_mm / s for s in spacing_mm]
-    smooth = np.zeros_like(label_map)
-    best = ndimage.gaussian_filter(signed_distance(~np.isin(label_map, ids), spacing_mm), sigmas)
+    kept, smooth = np.isin(label_map, ids), np.zeros_like(label_map)
+    if not kept.any():
+        return smooth
+    margins = [int(np.ceil((_BEYOND_MM + _TRUNCATE * sigma_mm) / s)) for s in spacing_mm]
+    best = np.full(label_map.shape, -np.inf, np.float32)  # beyond the heart's box it is background
+    heart = grown_box(bounding_box(kept), margins)
+    best[heart] = ndimage.gaussian_filter(signed_distance(~kept[heart], spacing_mm), sigmas, truncate=_TRUNCATE)
     for label in ids:
-        distance = ndimage.gaussian_filter(signed_distance(label_map == label, spacing_mm), sigmas)
-        ahead = distance < best
-        smooth[ahead] = label
-        best[ahead] = distance[ahead]
+        mask = label_map == label
+        if mask.any():
+            box = grown_box(bounding_box(mask), margins)  # farther away another label or the background is nearer
+            distance = ndimage.gaussian_filter(signed_distance(mask[box], spacing_mm), sigmas, truncate=_TRUNCATE)
+            ahead = distance < best[box]
+            smooth[box][ahead] = label
+            best[box][ahead] = distance[ahead]
     return smooth
 
 

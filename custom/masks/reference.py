@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from custom.geometry.registration import align_label_map, velocity_weights
-from custom.geometry.topology import BoolArray, bounding_box
+from custom.geometry.topology import BoolArray, bounding_box, grown_box
 from custom.geometry.vessels import VesselTree, anchored, read_tree, tree_volume_mm3
 from custom.masks.gate import MaskMeasures, measure_mask
 from custom.masks.preparation import LabelMap, signed_distance
@@ -120,7 +120,7 @@ def fill_nearest(label_map: LabelMap, removed: BoolArray) -> LabelMap:
     """Fills voxels by the nearest label (or background) that stays."""
     filled = label_map.copy()
     if removed.any() and not removed.all():
-        box = tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in bounding_box(removed))
+        box = grown_box(bounding_box(removed), [3, 3, 3])
         nearest = ndimage.distance_transform_edt(removed[box], return_distances=False, return_indices=True)
         filled[box] = label_map[box][tuple(nearest)]
     return filled
@@ -131,7 +131,7 @@ def _distance_near(mask: BoolArray, spacing_mm: Sequence[float]) -> torch.Tensor
     if not mask.any():
         return torch.full(mask.shape, _REACH_MM)
     margins = [int(np.ceil(_REACH_MM / s)) for s in spacing_mm]
-    box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(bounding_box(mask), margins, strict=True))
+    box = grown_box(bounding_box(mask), margins)
     distance = np.full(mask.shape, _REACH_MM, np.float32)
     distance[box] = signed_distance(mask[box], spacing_mm)
     return torch.from_numpy(distance)

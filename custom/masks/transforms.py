@@ -18,6 +18,7 @@ from custom.masks.motion import Edits, Motion, from_options
 from custom.masks.preparation import LabelMap, prepare_label_map
 from custom.masks.reference import Neighbour, Reference, register_neighbour
 from custom.runs.files import content_hash, write_json
+from custom.runs.memory import warn_of_memory
 from custom.runs.weights import last_line, save_atomically
 from custom.volumes.anatomy import Label
 from custom.volumes.cases import case_name
@@ -26,8 +27,11 @@ from custom.volumes.reading import LoadVolumesd, file_of
 from custom.volumes.writing import SaveVolumed
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, Orientation, ResampleToMatch, Spacing, Transform
+from torch.utils.data import get_worker_info
 
 logger = logging.getLogger(__name__)
+
+_BYTES_A_VOXEL = 200  # and process, to make a mask: its distances, and velocities while they are composed
 
 
 class PrepareMaskd(Transform):
@@ -56,6 +60,11 @@ class PrepareMaskd(Transform):
             )
         except ValueError as error:
             raise ValueError(f"{file_of(label)}: {error}") from error
+        worker = get_worker_info()
+        warn_of_memory(
+            (1 if worker is None else worker.num_workers) * prepared.size * _BYTES_A_VOXEL,
+            'set `spacing_mm` to what the images need (--spacing_mm "[0.8,0.8,0.8]"), or use fewer --workers',
+        )
         absent = [f"{k} ({s.name})" for k, s in self.structures.items() if k not in report]
         if absent:
             logger.warning("%s has no label %s; masks made from it will have none, too", file_of(label), absent)

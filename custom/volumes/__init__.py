@@ -12,12 +12,15 @@ from custom.volumes.cases import (
 from custom.volumes.grids import InvertImaged
 from custom.volumes.origins import SaveOrigind, is_rendered
 from custom.volumes.reading import LoadVolumesd, reading_chain
+from custom.volumes.segmentations import KeepPiecesd, LabelsOnFileGridd
 from custom.volumes.writing import CheckFinited, SaveVolumed
 
 __all__ = [
     "Anatomy",
     "CheckFinited",
     "InvertImaged",
+    "KeepPiecesd",
+    "LabelsOnFileGridd",
     "LoadVolumesd",
     "SaveOrigind",
     "SaveVolumed",

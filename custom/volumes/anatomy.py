@@ -182,6 +182,11 @@ class Anatomy:
         return self._ids("homogeneous")
 
     @property
+    def pieces_kept(self) -> dict[int, int]:
+        """Id -> how many of its largest pieces a segmentation keeps, of the labels that have such a number."""
+        return {k: label.pieces_kept for k, label in self.structures.items() if label.pieces_kept is not None}
+
+    @property
     def class_weights(self) -> list[float]:
         """One for each id, background first."""
         return self._column("class_weight")

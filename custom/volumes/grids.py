@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,22 @@ def _cubic_weights(where: NDArray[np.float64], size: int) -> NDArray[np.float64]
     return np.where(np.abs(weights) < _NO_WEIGHT, 0.0, weights)
 
 
+def _linear_weights(where: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Weights (N, size) that read `size` values linearly at N places; edge values outside."""
+    where = where.clip(0, size - 1)
+    return (1 - np.abs(where[:, None] - np.arange(size))).clip(0)
+
+
+def _axes_between(to_source: NDArray[np.float64], new_shape: Sequence[int]) -> list[int] | None:
+    """Axis of a grid that runs along each axis of a new one; None of grids that are sheared against each other."""
+    turn = to_source[:3, :3]
+    axes = [int(axis) for axis in np.abs(turn).argmax(0)]
+    along = np.zeros((3, 3), dtype=bool)
+    along[axes, range(3)] = True
+    sheared = (np.abs(turn * ~along) @ new_shape).max() > TOLERANCE_VOXELS
+    return None if sheared or sorted(axes) != [0, 1, 2] else axes
+
+
 def resample_cubic(
     volume: torch.Tensor, affine: ArrayLike, new_affine: ArrayLike, new_shape: Sequence[int]
 ) -> torch.Tensor:
@@ -93,28 +109,84 @@ def resample_cubic(
     """
     shape, new_shape = tuple(volume.shape), tuple(int(n) for n in new_shape)
     to_source = np.linalg.solve(np.asarray(affine, dtype=float), np.asarray(new_affine, dtype=float))
-    turn, start = to_source[:3, :3], to_source[:3, 3]
-    source_axes = np.abs(turn).argmax(0)  # of each new axis
-    along = np.zeros((3, 3), dtype=bool)
-    along[source_axes, range(3)] = True
     if shape == new_shape and np.abs(to_source - np.eye(4))[:3].max() * max(shape) < _SAME_VOXELS:
         return volume
-    if sorted(source_axes) != [0, 1, 2] or (np.abs(turn * ~along) @ new_shape).max() > TOLERANCE_VOXELS:
-        values = volume.cpu().numpy()
+    axes = _axes_between(to_source, new_shape)
+    if axes is None:
         moved = ndimage.affine_transform(
-            values, turn, start, output_shape=new_shape, output=np.float32, order=3, mode="nearest"
+            volume.cpu().numpy(),
+            to_source[:3, :3],
+            to_source[:3, 3],
+            output_shape=new_shape,
+            output=np.float32,
+            order=3,
+            mode="nearest",
         )
         new = torch.from_numpy(moved).to(volume.device)
     else:
-        weights = []
-        for axis, size in zip(source_axes, new_shape, strict=True):
-            step = turn[axis, list(source_axes).index(axis)]
-            weights.append(_cubic_weights(start[axis] + step * np.arange(size), shape[axis]))
-        x, y, z = (torch.from_numpy(w).to(volume) for w in weights)
-        new = volume.permute(*(int(a) for a in source_axes)) @ z.T  # the axis of the smallest steps in memory first
-        new = y @ new
-        new = (x @ new.flatten(1)).unflatten(1, new_shape[1:])
+        window = [slice(n) for n in new_shape]
+        new = _along_axes(volume[None], to_source, axes, window, _cubic_weights)[0]
     return new.clamp_(volume.min(), volume.max())
+
+
+def read_linear(volume: torch.Tensor, to_source: NDArray[np.float64], window: Sequence[slice]) -> torch.Tensor:
+    """Channels (C, h, w, d) read linearly in a window of another grid, edge values outside.
+
+    Args:
+        volume: float32.
+        to_source: 4 x 4, voxels of the other grid to voxels of the volume.
+        window: three slices of whole numbers.
+
+    Returns:
+        (C, H, W, D) of the window.
+    """
+    axes = _axes_between(to_source, [s.stop for s in window])
+    if axes is not None:
+        return _along_axes(volume, to_source, axes, window, _linear_weights)
+    unit = 2 / np.maximum(np.array(volume.shape[1:]) - 1, 1)
+    places = torch.meshgrid(*(torch.arange(s.start or 0, s.stop).double() for s in window), indexing="ij")
+    turn, start = torch.from_numpy(to_source[:3, :3].T * unit), torch.from_numpy(to_source[:3, 3] * unit - 1)
+    where = (torch.stack(places, -1) @ turn + start).flip(-1)[None].to(volume)
+    return F.grid_sample(volume[None], where, padding_mode="border", align_corners=True)[0]
+
+
+def _along_axes(
+    volume: torch.Tensor,
+    to_source: NDArray[np.float64],
+    axes: Sequence[int],
+    window: Sequence[slice],
+    weigh: Callable[[NDArray[np.float64], int], NDArray[np.float64]],
+) -> torch.Tensor:
+    """Channels (C, h, w, d) read in a window of a grid whose axes run along those of the volume, one by one."""
+    matrices, used = [], [slice(None)] * 3
+    for number, (axis, span) in enumerate(zip(axes, window, strict=True)):
+        where = to_source[axis, 3] + to_source[axis, number] * np.arange(span.start or 0, span.stop)
+        weights = weigh(where, volume.shape[1 + axis])
+        columns = np.flatnonzero(weights.any(0))
+        used[axis] = slice(int(columns[0]), int(columns[-1]) + 1)
+        matrices.append(torch.from_numpy(weights[:, used[axis]]).to(volume))
+    x, y, z = matrices
+    new = crop(volume, used).permute(0, *(1 + axis for axis in axes)) @ z.T  # the axis of the smallest steps first
+    new = y @ new
+    return (x @ new.flatten(2)).unflatten(2, new.shape[2:])
+
+
+def file_grid(volume: MetaTensor, key: str) -> tuple[NDArray[np.float64], list[int]]:
+    """Affine and shape of the file that a volume was read from, whatever became of it since.
+
+    Args:
+        volume: with its meta.
+        key: its name in the error.
+
+    Raises:
+        ValueError: when the meta does not tell.
+    """
+    if not {"original_affine", "spatial_shape"} <= set(volume.meta):
+        raise ValueError(
+            f"{key}: its meta must hold original_affine and spatial_shape of the file, got {sorted(volume.meta)}; read "
+            "it by LoadVolumesd"
+        )
+    return np.asarray(volume.meta["original_affine"], dtype=float), np.asarray(volume.meta["spatial_shape"]).tolist()
 
 
 class InvertImaged(MapTransform):
@@ -140,15 +212,9 @@ class InvertImaged(MapTransform):
         """Bring back the images (1, H, W, D) of one item."""
         item = dict(data)
         label = item[self.label_key]
-        if not {"original_affine", "spatial_shape"} <= set(label.meta):
-            raise ValueError(
-                f"{self.label_key}: its meta must hold original_affine and spatial_shape of the file, got "
-                f"{sorted(label.meta)}; read it by LoadVolumesd"
-            )
-        affine = torch.as_tensor(np.asarray(label.meta["original_affine"]), dtype=torch.float64)
-        shape = np.asarray(label.meta["spatial_shape"]).tolist()
+        affine, shape = file_grid(label, self.label_key)
         for key in self.key_iterator(item):
             image = torch.as_tensor(item[key]).as_subclass(torch.Tensor).detach().float()
             back = torch.stack([resample_cubic(channel, label.affine, affine, shape) for channel in image])
-            item[key] = MetaTensor(back, meta={**label.meta, "affine": affine})
+            item[key] = MetaTensor(back, meta={**label.meta, "affine": torch.from_numpy(affine)})
         return item

@@ -192,16 +192,17 @@ class CheckVolumesd(MapTransform):
             )
 
     def _check_label(self, label: Any) -> None:
-        ids = torch.unique(torch.as_tensor(label)).tolist()
-        if any(i != int(i) for i in ids):
-            raise ValueError(f"{file_of(label)}: label ids must be integers, got {[i for i in ids if i != int(i)][:5]}")
-        unknown = [int(i) for i in ids if not 0 <= i < self.num_labels]
-        if unknown:
+        values = torch.as_tensor(label).as_subclass(torch.Tensor)
+        if not bool((values == values.round()).all()):
+            parts = values[values != values.round()].unique()[:5].tolist()
+            raise ValueError(f"{file_of(label)}: label ids must be integers, got {parts}")
+        if values.min() < 0 or values.max() >= self.num_labels:
+            unknown = [int(i) for i in values.unique().tolist() if not 0 <= i < self.num_labels]
             raise ValueError(
                 f"{file_of(label)}: label ids {unknown} are not in the label map 0 to {self.num_labels - 1}; "
                 "map or drop them with `label_mapping` in the config"
             )
-        if ids == [0]:
+        if not bool(values.any()):
             raise ValueError(f"{file_of(label)}: the mask is empty; every case needs at least one label")
 
 

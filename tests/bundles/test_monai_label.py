@@ -15,11 +15,12 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
+from custom.volumes import LabelsOnFileGridd
 from custom.volumes.anatomy import Anatomy
 from helpers import BAD_IMAGES, ROOT, write_bad_image, write_oriented
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, partition_dataset
-from monai.transforms import Invertd, LoadImaged
+from monai.transforms import LoadImaged
 
 SOURCE = ROOT / "bundles/structdiff_seg_cal/configs"
 TINY = {
@@ -220,7 +221,7 @@ def infer_as_monai_label(bundle: Path, image: Path, network: torch.nn.Module) ->
         item = step(item)
     with torch.no_grad():
         item["pred"] = parser.get_parsed_content("inferer")(item["image"][None], network)[0]
-    assert sum(isinstance(step, Invertd) for step in steps["postprocessing"]) == 1
+    assert sum(isinstance(step, LabelsOnFileGridd) for step in steps["postprocessing"]) == 1
     for step in steps["postprocessing"]:
         item = step(item)
     return item

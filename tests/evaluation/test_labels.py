@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from custom.evaluation.labels import MASK_MEASURES, PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation.labels import DiceMetric, PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation.mask_pairs import MASK_MEASURES
 from custom.geometry import centrelines, topology
 from monai.data import MetaTensor
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.networks import one_hot
 from shapes import KNOWN
 
 
@@ -131,7 +134,7 @@ def count_calls(monkeypatch):
             calls.append(args)
             return function(*args)
 
-        for place in ("custom.evaluation.labels", module.__name__):
+        for place in ("custom.evaluation.mask_pairs", module.__name__):
             monkeypatch.setattr(f"{place}.{name}", counted, raising=False)
         return calls
 
@@ -238,3 +241,32 @@ def test_labels_that_one_map_lacks_are_counted_over_cases_and_labels():
     assert metric.aggregate() == {"missed": 1.0, "invented": 1.0}
     with pytest.raises(ValueError, match="y: must be label maps"):
         metric(prediction, truth[..., :2])
+
+
+def random_maps(generator):
+    """Two label maps (1, 1, 20, 18, 16) of blobs that share most voxels, label 4 in the truth alone, 5 in neither."""
+    low = torch.rand(1, 4, 5, 5, 5, generator=generator)
+    scores = torch.nn.functional.interpolate(low, (20, 18, 16), mode="trilinear")
+    truth = scores.argmax(1, keepdim=True).float()
+    prediction = truth.roll(1, 3)
+    truth[..., :3, :3, :3] = 4
+    return prediction, MetaTensor(truth, affine=torch.diag(torch.tensor([2.0, 1.0, 0.5, 1.0])))
+
+
+@pytest.mark.filterwarnings("ignore:.*nan/inf distance")
+def test_a_label_at_a_time_is_measured_as_monai_measures_all_at_once():
+    prediction, truth = random_maps(torch.Generator().manual_seed(0))
+    found, wanted = (one_hot(v.as_subclass(torch.Tensor), 6) for v in (prediction, truth))
+    spacing = [2.0, 1.0, 0.5]
+    dice, surfaces = DiceMetric(6), SurfaceMetric(6, tolerance_mm=1.0)
+    dice(prediction, truth)
+    surfaces(prediction, truth)
+    options = {"rtol": 0, "atol": 1e-6, "equal_nan": True}
+    expected = compute_dice(found, wanted, include_background=False)
+    torch.testing.assert_close(dice.details()["dice"], expected, **options)
+    assert expected[0, :3].min() > 0.3
+    assert dice.aggregate()["dice"] == pytest.approx(float(expected.nanmean()))
+    expected = compute_surface_dice(found, wanted, [1.0] * 5, spacing=spacing).float()
+    torch.testing.assert_close(surfaces.details()["nsd"], expected, **options)
+    expected = compute_hausdorff_distance(found, wanted, percentile=95, spacing=spacing).float()[:, :3]
+    torch.testing.assert_close(surfaces.details()["hd95_mm"][:, :3], expected, **options)
