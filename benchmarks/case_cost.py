@@ -35,15 +35,17 @@ SIZES = {  # voxels, mm
     "256": ((256, 256, 256), (0.5625, 0.5625, 0.5625)),
     "512x512x275": ((512, 512, 275), (0.35, 0.35, 0.5)),
 }
-MEAN, NO_TEMPLATE = {"sample_strength": 0.0}, {"mode": "mask_only"}
+MEAN, NO_TEMPLATE, PAINTED = {"sample_strength": 0.0}, {"mode": "mask_only"}, {"mode": "painted"}
 RUNS = [
     *[("96", {"sample_strength": 1.0, "sampling_steps": steps}) for steps in (1, 2, 4, 10)],
     ("96", MEAN),
     *[("96", {**NO_TEMPLATE, "coarse_steps": steps}) for steps in (1, 2, 4, 10, 20)],
+    ("96", PAINTED),
     ("256", MEAN),
     ("256", NO_TEMPLATE),
     ("512x512x275", MEAN),
     ("512x512x275", NO_TEMPLATE),
+    ("512x512x275", PAINTED),
     ("512x512x275", {"spacing_mm": [1.5, 1.5]}),
 ]
 
@@ -87,7 +89,7 @@ def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_co
         for size in sizes:
             make_volumes(Path(name) / size, size)
             for index, (of_size, options) in enumerate(RUNS):
-                if of_size == size and ("mode" not in options or (BUNDLE / "models/coarse.pt").exists()):
+                if of_size == size and (options.get("mode") != "mask_only" or (BUNDLE / "models/coarse.pt").exists()):
                     cost = render(Path(name) / size, Path(name) / f"{index}", options)
                     rows.append({"size": size, **options, **cost})
                     logger.info("%s", rows[-1])

@@ -55,8 +55,12 @@ REAL_ONLY, UNWEIGHTED, CAL = "real only", "synthetic, unweighted", "CAL"
 FILTERED, SHUFFLED = "synthetic, worst quarter left out", "CAL, shuffled confidence"
 DEFORMED, DEFORMED_VARIED = "real deformed by MGM", "real deformed by MGM, varied contrast"
 ONE_CONTRAST = "synthetic, unweighted, contrast not varied"
+PAINTED = "painted, randomised"
 MIXED, KNOWING = "CAL, real cases mixed in", "CAL, confidence that knows the error"
-ARMS = (REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, MIXED, KNOWING)
+ARMS = (
+    *(REAL_ONLY, DEFORMED, ONE_CONTRAST, DEFORMED_VARIED, PAINTED, UNWEIGHTED, FILTERED, SHUFFLED, CAL, MIXED),
+    KNOWING,
+)
 TRUE_ERROR_HU = 50.0  # of averages over 3^3 voxels, at which the confidence that knows them is one half
 SYNTHESIS = json.loads((GENERATOR / "configs/synthesize.json").read_text())
 VARYING = {"contrast_shift_hu": SYNTHESIS["contrast_shift_hu"], "label_shift_hu": ANATOMY.contrast_sd_hu}
@@ -194,8 +198,8 @@ def true_images(work: Path, items: Sequence[Mapping[str, Any]], seed: int | None
     return truths
 
 
-def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, one_contrast: bool) -> None:
-    """Generator, masks, confidence table and synthetic set of one draw, on request also the set of one contrast."""
+def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, arms: Sequence[str]) -> None:
+    """Generator, masks, confidence table and synthetic set of one draw; of one contrast, and painted, if arms ask."""
     own = listing(work / "real.json", real, ("training", "validation"))
     models = {"ckpt_dir": work / "models", "seed": seed}
 
@@ -244,7 +248,9 @@ def synthesize(work: Path, real: Sequence[Mapping[str, Any]], seed: int, *, one_
 
     once(work / "models/confidence.json", calibrate)
     once(work / "synthetic/datalist.json", lambda: render(work / "synthetic", VARYING))
-    if one_contrast:
+    if PAINTED in arms:
+        once(work / "painted/datalist.json", lambda: render(work / "painted", {"mode": "painted"}))
+    if ONE_CONTRAST in arms:
         once(work / "one_contrast/datalist.json", lambda: render(work / "one_contrast", OF_TEMPLATE))
 
 
@@ -258,6 +264,7 @@ def training_sets(work: Path, arms: Sequence[str], seed: int) -> dict[str, list[
             in_contrast(case, work / "deformed_varied", case=Path(case["label"]).name, seed=0) for case in masks
         ],
         ONE_CONTRAST: lambda: without_confidence(absolute(work / "one_contrast/datalist.json", "training")),
+        PAINTED: lambda: without_confidence(absolute(work / "painted/datalist.json", "training")),
         UNWEIGHTED: lambda: without_confidence(items),
         FILTERED: lambda: without_confidence(
             [item for item in items if item["score_hu"] <= np.quantile(scores, 1 - WORST_SHARE)]
@@ -399,7 +406,7 @@ def main(
         for n in n_real:
             own = work / f"n{n}_draw{draw}"
             real = draw_of(n, draw, cases["training"])
-            synthesize(own, real, draw, one_contrast=ONE_CONTRAST in arms)
+            synthesize(own, real, draw, arms)
             sets = training_sets(own, arms, draw)
             for arm in (arm for arm in arms if arm == REAL_ONLY or arm in sets):
                 result = own / "results" / f"{arm}.json"

@@ -18,6 +18,7 @@ import torch
 from common import ANATOMY, TRAIN_CONFIG, template_chain
 from custom.diffusion.grain import AddGraind
 from custom.diffusion.noise import HU_RANGE, case_noise
+from custom.diffusion.painted_transforms import PaintTissuesd
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.transforms import PaintPriord
 from custom.evaluation.distances import kernel_distance, radiomic_features, standardised
@@ -36,6 +37,7 @@ from custom.runs.weights import LoadWeights, save_atomically
 from custom.volumes.cases import load_cases, with_template, with_template_names
 from custom.volumes.reading import reading_chain
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd
 from rival_networks import ARMS, condition_of, draw
 
@@ -49,11 +51,19 @@ PATCHES = 24  # of a case, as `custom.evaluation.sets` draws
 Item = dict[str, Any]
 
 
+def _as_it_is(item: Item) -> Item:
+    return item
+
+
 class Render(NamedTuple):
-    """How an arm renders a target: item -> structure (1, H, W, D) in HU, and what tells its volumes from others."""
+    """How an arm renders a target: item -> structure (1, H, W, D) in HU, and what tells its volumes from others.
+
+    `asked` makes of an item what the arm is asked for: its own contrast and noise, where these are not the template's.
+    """
 
     structure_of: Callable[[Item], torch.Tensor]
     mark: str
+    asked: Callable[[Item], Item] = _as_it_is
 
 
 class World:
@@ -221,11 +231,32 @@ def fidelity(structure: torch.Tensor, item: Item, spacing_mm: Sequence[float]) -
     }
 
 
+def randomised(item: Item) -> Item:
+    """The same target, as mode "painted" of inference.json paints it; its means are those that were drawn."""
+    label = MetaTensor(item["label"], affine=np.diag([*SPACING_MM, 1.0]))
+    pools, thin = ANATOMY.pool, ANATOMY.thin
+    paint = PaintTissuesd(
+        nominal_hu=ANATOMY.nominal_hu, plausible_hu=ANATOMY.plausible_hu, pools=pools, thin_labels=thin
+    )
+    painted = paint({**item, "label": label})
+    statistics = painted["statistics"].clone()  # nothing is held against the template but vessels, against their own
+    statistics[thin, 0] = painted["drawn_hu"][thin]
+    return {
+        **item,
+        **{key: painted[key] for key in ("noise_sd", "grain_spectrum")},
+        "prior": torch.as_tensor(painted["prior"]).as_subclass(torch.Tensor),
+        "statistics": statistics,
+    }
+
+
 def arms(
     work: Path, own: Mapping[str, str | None], *, device: str, steps: int, window: int | None, our_steps: int
 ) -> dict[str, Render]:
     """All that there are weights of, by name."""
-    found: dict[str, Render] = {"painted": Render(lambda item: item["prior"], "prior")}
+    found: dict[str, Render] = {
+        "painted prior": Render(lambda item: item["prior"], "prior"),
+        "painted, randomised": Render(lambda item: item["prior"], "randomised", randomised),
+    }
     found |= {
         name: rival(work / f"{name}.pt", device, steps, window) for name in ARMS if (work / f"{name}.pt").exists()
     }
@@ -259,12 +290,15 @@ def compare(
     sheet: list[tuple[str, np.ndarray, np.ndarray]] = []
     for name, render in renders.items():
         made, rows = Collected(world.spacing_mm), []
-        for item in world.targets(cases):
+        for target in world.targets(cases):
+            start = time.perf_counter()
+            item = render.asked(target)
+            asked = time.perf_counter() - start
             structure, seconds = rendered(render, item, folder / name.replace(", ", "_"))
             label = item["label"][0].numpy().round().astype(np.int64)
             image = AddGraind()({**item, "pred": structure})["pred"][0].numpy()
             made.add(image, label)
-            rows.append({**fidelity(structure, item, world.spacing_mm), "seconds": seconds})
+            rows.append({**fidelity(structure, item, world.spacing_mm), "seconds": seconds + asked})
             if len(rows) == 1:
                 if not sheet:
                     template = item["template_image"][0].numpy(), item["template_label"][0].numpy()

@@ -288,7 +288,7 @@ def evaluate(
     training = {name: _training_record(work / f"{name}.pt") for name in ARMS if name in renders}
     write_json(Path(out), {"machine": machine(), **settings, "training": training, "arms": table})
     save_sheet(picture, sheet, vessel_labels=ANATOMY.thin)
-    columns = list(table["painted"])
+    columns = list(table["painted prior"])
     print("| arm | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(f"{row[c]:.3g}" if c in row else "" for c in columns) + " |")

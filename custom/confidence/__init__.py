@@ -2,7 +2,7 @@
 
 from custom.confidence.inferers import PredictedVarianceInferer, SkipSamplingInferer
 from custom.confidence.table import CalibrateConfidence
-from custom.confidence.transforms import EstimateConfidenced, SplitVarianced
+from custom.confidence.transforms import EstimateConfidenced, SplitVarianced, TrustPaintedd
 
 __all__ = [
     "CalibrateConfidence",
@@ -10,4 +10,5 @@ __all__ = [
     "PredictedVarianceInferer",
     "SkipSamplingInferer",
     "SplitVarianced",
+    "TrustPaintedd",
 ]

@@ -30,9 +30,17 @@ class CalibrateConfidence:
         made_with: what the variance depends on: weights, spacing and so on; goes into the table.
         num_labels: label ids 0 to num_labels - 1.
         quantile: variance at which confidence is one half.
+
+    Raises:
+        ValueError: when no weights made the variances.
     """
 
     def __init__(self, path: str, *, made_with: Mapping[str, Any], num_labels: int, quantile: float = 0.9) -> None:
+        if made_with.get("weights") is None:
+            raise ValueError(
+                "mode: confidence is calibrated for a network, got a mode without one, whose confidence is 1 "
+                "everywhere; leave `calibrating` out, `synthesizing` needs no table then"
+            )
         self.path, self.made_with = Path(path), plain_values(made_with)
         self.num_labels, self.quantile = num_labels, quantile
         self._cases: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -26,6 +26,15 @@ class SplitVarianced(Transform):
         return {**data, "pred": data["pred"][:1], "variance": data["pred"][1:]}
 
 
+class TrustPaintedd(Transform):
+    """Add `confidence` 1 and `score` 0 to a painted `pred` (1, H, W, D): it shows its mask by construction."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Trust one item."""
+        kept = MetaTensor(torch.ones_like(torch.as_tensor(data["pred"])), meta=data["pred"].meta)
+        return {**data, "confidence": kept, "score": 0.0}
+
+
 _REMEDY = "calibrate anew (calibrate.json), or point `confidence_table` to another"
 
 

@@ -5,6 +5,7 @@ from custom.diffusion.coarse_transforms import Coarsend, DrawCoarsed, RandCoarse
 from custom.diffusion.grain import AddGraind, MeasureGraind, NominalAppearanced, SplitNoised
 from custom.diffusion.loss import StructDiffLoss
 from custom.diffusion.network import StructDiffUNet
+from custom.diffusion.painted_transforms import PaintedInferer, PaintTissuesd
 from custom.diffusion.pairs import PooledDataLoader, RandTemplatePaird
 from custom.diffusion.sampler import StructDiffInferer
 from custom.diffusion.training import (
@@ -28,6 +29,8 @@ __all__ = [
     "MomentsFirst",
     "NominalAppearanced",
     "PaintPriord",
+    "PaintTissuesd",
+    "PaintedInferer",
     "PooledDataLoader",
     "PrepareRendering",
     "PrepareResidualDiffusion",

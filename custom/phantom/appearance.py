@@ -8,6 +8,15 @@ import numpy as np
 from custom.phantom.anatomy import Geometry
 from custom.phantom.geometry import Array
 from custom.phantom.labels import LABELS
+from custom.volumes.artefacts import (
+    PLAQUE_HU,
+    PLAQUE_RADIUS_MM,
+    SPOKES,
+    STREAK_HU,
+    add_plaque,
+    add_streaks,
+    blur_by_motion,
+)
 from scipy import ndimage
 
 # HU range of the mean, and SD in HU of the fine (about 3 mm) and coarse (about 12 mm) texture inside the tissue. Means
@@ -112,24 +121,18 @@ def draw_noise(shape: tuple[int, ...], look: dict[str, Any], spacing_mm: float, 
 
 def add_artefacts(hu: Array, anatomy: Geometry, spacing_mm: float, rng: np.random.Generator) -> dict[str, Any]:
     """Paints calcified plaques, streaks at the superior vena cava and mixing in the right atrium, in place."""
-    shape = hu.shape
+    spacing, half = [spacing_mm] * 3, (np.array(hu.shape) - 1) / 2
     voxel = np.stack(np.nonzero(anatomy.label == LABELS["coronaries"]), axis=1)
     plaques = voxel[rng.integers(0, len(voxel), rng.integers(1, 7))]
-    world = (plaques - (np.array(shape) - 1) / 2) * spacing_mm
-    axes = [((np.arange(n) - (n - 1) / 2) * spacing_mm).astype(np.float32) for n in shape]
-    for centre in world:
-        distance = np.sqrt(sum(a**2 for a in np.ix_(*(axes[i] - np.float32(centre[i]) for i in range(3)))))
-        cover = np.clip(0.5 - (distance - rng.uniform(0.7, 1.6)) / np.float32(spacing_mm), 0, 1)
-        hu += cover * (np.float32(rng.uniform(650, 1100)) - hu)
+    for centre in (plaques - half) * spacing_mm:
+        radius = rng.uniform(*PLAQUE_RADIUS_MM)
+        add_plaque(hu, centre, radius_mm=radius, plaque_hu=rng.uniform(*PLAQUE_HU), spacing_mm=spacing)
     source = anatomy.points_mm["svc"][len(anatomy.points_mm["svc"]) // 3]
-    x, y = axes[0][:, None] - source[0], axes[1][None] - source[1]
-    angle, radius = np.arctan2(y, x), np.sqrt(x**2 + y**2)
-    spokes = sum(np.cos(n * angle + rng.uniform(0, 6.28)) for n in (5, 9, 13, 19)) / 2
-    depth = np.exp(-(((axes[2] - source[2]) / 25.0) ** 2))
-    strength = rng.uniform(20, 90)
-    hu += np.float32(strength) * (spokes * np.exp(-radius / 30.0) * (radius > 6))[..., None] * depth
+    phases = [rng.uniform(0, 6.28) for _ in SPOKES]
+    strength = rng.uniform(*STREAK_HU)
+    add_streaks(hu, source, phases=phases, strength_hu=strength, spacing_mm=spacing)
     mixing = rng.uniform(50, 200)
-    swirl = np.float32(mixing) * _field(shape, 2.2 / spacing_mm, rng)
+    swirl = np.float32(mixing) * _field(hu.shape, 2.2 / spacing_mm, rng)
     hu += swirl * next(layer["right_atrium"] for layer in anatomy.layers if "right_atrium" in layer)
     return {"plaques": len(plaques), "streak_hu": strength, "mixing_hu": mixing}
 
@@ -138,11 +141,8 @@ def move_right_artery(hu: Array, anatomy: Geometry, spacing_mm: float, rng: np.r
     """Averages the neighbourhood of the right coronary artery over a short in-plane motion, in place; returns mm."""
     motion_mm = float(rng.uniform(1.0, 4.0))
     heading = rng.uniform(0, 2 * np.pi)
-    steps = np.linspace(-0.5, 0.5, 5)[:, None] * motion_mm / spacing_mm * np.array([np.cos(heading), np.sin(heading)])
-    moved = sum(ndimage.shift(hu, (dx, dy, 0.0), order=1, mode="nearest") for dx, dy in steps) / len(steps)
-    near = np.zeros(hu.shape, np.float32)
+    artery = np.zeros(hu.shape, np.float32)
     index = np.rint(anatomy.points_mm["RCA"] / spacing_mm + (np.array(hu.shape) - 1) / 2).astype(int)
-    near[tuple(np.clip(index, 0, np.array(hu.shape) - 1).T)] = 1.0
-    near = ndimage.gaussian_filter(ndimage.grey_dilation(near, 5), 3.0 / spacing_mm)
-    hu += np.clip(2.0 * near, 0, 1) * (moved - hu)
+    artery[tuple(np.clip(index, 0, np.array(hu.shape) - 1).T)] = 1.0
+    blur_by_motion(hu, artery, motion_mm=motion_mm, heading=heading, spacing_mm=[spacing_mm] * 3)
     return motion_mm

@@ -147,6 +147,17 @@ _SHARES = Rule(
     lambda v: _is_list(v, 3) and all(is_number(p) and p >= 0 for p in v) and abs(sum(v) - 1) < 1e-6,
     '"[0.85,0.1,0.05]"',
 )
+_ARTEFACTS = ("plaques", "streaks", "motion")
+_SOME_ARTEFACTS = Rule(
+    f"a list, each at most once, of {', '.join(_ARTEFACTS)}",
+    lambda v: _is_list(v) and all(isinstance(a, str) and a in _ARTEFACTS for a in v) and len(set(v)) == len(v),
+    "\"['plaques','streaks']\"",
+)
+_FROM_TO = Rule(
+    "two numbers of at least 0, the lower first, or twice the same",
+    lambda v: _is_list(v, 2) and all(map(is_number, v)) and 0 <= v[0] <= v[1],
+    '"[0.5,1.5]"',
+)
 _BLOCK = Rule("a block of named values", lambda v: isinstance(v, Mapping), "{}")
 _SHIFTS = Rule(
     "a number of at least 0, or a list with one for each label, background first",
@@ -197,7 +208,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("contrast_shift_hu", "smoothing_mm", "margin_mm", "nsd_tolerance_mm"), _least(0, "1.0")),
     "cl_dice_weight": _least(0, "0.5"),
     "method": _one_of("predicted_variance", "skip_sampling"),
-    "mode": _one_of("template", "mask_only"),  # what nothing is told for is no cardiac CT yet (docs/FINDINGS.md)
+    "painted_classes": _whole(8, "12", high=15),
+    **dict.fromkeys(("painted_blur_mm", "painted_grain"), _FROM_TO),
+    "painted_artefacts": _SOME_ARTEFACTS,
+    "mode": _one_of(
+        "template", "mask_only", "painted"
+    ),  # what nothing is told for is no cardiac CT yet (docs/FINDINGS.md)
     "cache_rate": _share("1.0", with_0=True, with_1=True),
     "smallest_confidence": _share("0.05", with_0=True, with_1=False),
     "overlap": _share("0.25", with_0=True, with_1=False),

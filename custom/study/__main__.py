@@ -74,6 +74,7 @@ def run(
     workers: int = 2,
     seed: int = 0,
     spacing_mm: float = 0.8,
+    mode: str = "template",
     bundles: str | None = None,
     overrides: str | None = None,
     dry_run: bool = False,
@@ -92,13 +93,14 @@ def run(
         workers: processes that make label maps.
         seed: of all stages.
         spacing_mm: voxel size of new label maps and their images; 1.5 is twice as fast, and blurs coronaries.
+        mode: "template", images by the network, or "painted", in drawn HU without one.
         bundles: folder with both bundles, where they do not lie beside this package.
         overrides: JSON file with options that every run of a bundle gets last.
         dry_run: only say what would be run.
     """
     root = Path(output_dir).expanduser().resolve()
     settings = Settings(
-        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm
+        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm, mode=mode
     )
     found = find_bundles(bundles, overrides)
     if is_folder(datalist):
@@ -126,6 +128,7 @@ def cross_validate(
     workers: int = 2,
     seed: int = 0,
     spacing_mm: float = 0.8,
+    mode: str = "template",
     bundles: str | None = None,
     overrides: str | None = None,
     dry_run: bool = False,
@@ -136,11 +139,12 @@ def cross_validate(
         datalist: as of `run`; which section a case is in does not count.
         output_dir: folder of all results.
         folds: 2 to the number of cases.
-        count, epochs, finetune, workers, seed, spacing_mm, bundles, overrides, dry_run: as of `run`, for each fold.
+        count, epochs, finetune, workers, seed, spacing_mm, mode, bundles, overrides, dry_run: as of `run`, for each
+            fold.
     """
     root = Path(output_dir).expanduser().resolve()
     settings = Settings(
-        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm
+        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm, mode=mode
     )
     cases = cases_in(datalist) if is_folder(datalist) else listed_cases(str(Path(datalist).expanduser().resolve()))
     lists = write_folds(cases, root, folds)

@@ -11,6 +11,7 @@ from custom.study.stages import ARMS, Stage, Study, trained
 SECONDS = {
     "mask": 12.0,
     "rendering": 40.0,
+    "painting": 20.0,
     "measuring": 20.0,
     "step": 0.9,
     "validation": 8.0,
@@ -96,14 +97,15 @@ def _finetuning(study: Study) -> list[Stage]:
 
 
 def _images(study: Study) -> list[Stage]:
-    """Confidence scaled, images made and measured."""
+    """Confidence scaled where a network needs it, images made and measured."""
     settings, sizes, root, generator = study.settings, study.sizes, study.root, study.bundles.generator
     tuned = ["generator"] * bool(settings.finetune)
-    templates = {
-        "template_datalist": study.datalist,
-        "confidence_table": root / "confidence.json",
-        "ckpt_dir": (root / "generator" if tuned else generator) / "models",
-    }
+    templates: dict[str, Any] = {"template_datalist": study.datalist}
+    if settings.is_painted:
+        templates["mode"] = settings.mode
+    else:
+        templates["confidence_table"] = root / "confidence.json"
+        templates["ckpt_dir"] = (root / "generator" if tuned else generator) / "models"
     synthetic = {**templates, "output_dir": root / "synthetic"}
     scaled = study.stage(
         "confidence",
@@ -114,14 +116,16 @@ def _images(study: Study) -> list[Stage]:
         seconds=SECONDS["start"] + SECONDS["rendering"] * sizes["training"] * sizes["validation"],
         needs=tuned,
     )
+    calibrated = [scaled] * (not settings.is_painted)
+    each = SECONDS["painting" if settings.is_painted else "rendering"]
     made = study.stage(
         "images",
         f"an image and a confidence map of each of the {settings.count} label maps",
         (generator, "synthesizing", SYNTHESIS),
         {**synthetic, "mask_datalist": root / "masks/datalist.json"},
         product="synthetic/datalist.json",
-        seconds=SECONDS["start"] + SECONDS["rendering"] * settings.count,
-        needs=["masks", "confidence", *tuned],
+        seconds=SECONDS["start"] + each * settings.count,
+        needs=["masks", *[stage.name for stage in calibrated], *tuned],
         share=_counted("records/*.json", root / "synthetic", settings.count),
     )
     measured = study.stage(
@@ -133,7 +137,7 @@ def _images(study: Study) -> list[Stage]:
         seconds=SECONDS["start"] + SECONDS["measuring"] * (settings.count + sum(sizes.values())),
         needs=["images"],
     )
-    return [scaled, made, *[measured] * _can_be_measured(study)]
+    return [*calibrated, made, *[measured] * _can_be_measured(study)]
 
 
 def _can_be_measured(study: Study) -> bool:

@@ -13,6 +13,8 @@ from custom.study.bundles import Bundles
 
 ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal"}
 """Segmenters that are compared: in words, and the folder of each."""
+MODES = ("template", "painted")
+"""Ways to make images that a study offers."""
 _EPOCH = re.compile(r"Epoch: (\d+)/(\d+), Iter: (\d+)/(\d+)")
 _SPACINGS_MM = (0.5, 3.0)  # ours: finer masks are more than the generator draws, coarser ones hold no coronaries
 
@@ -60,6 +62,7 @@ class Settings:
         workers: processes that make masks.
         seed: of all stages.
         spacing_mm: voxel size of new masks and their images.
+        mode: "template", images by the network, or "painted", in drawn HU without one.
     """
 
     count: int = 30
@@ -68,6 +71,7 @@ class Settings:
     workers: int = 2
     seed: int = 0
     spacing_mm: float = 0.8
+    mode: str = "template"
 
     def __post_init__(self) -> None:
         least = {"count": 1, "epochs": 3, "finetune": 0, "workers": 0, "seed": 0}
@@ -82,6 +86,17 @@ class Settings:
                 f"spacing_mm: must be {_SPACINGS_MM[0]} to {_SPACINGS_MM[1]}, got {self.spacing_mm!r}; images are best "
                 "from 0.8 to 1.5"
             )
+        if self.mode not in MODES:
+            raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.finetune and self.is_painted:
+            raise ValueError(
+                f"finetune: must be 0 in mode painted, which uses no network that could be trained, got {self.finetune}"
+            )
+
+    @property
+    def is_painted(self) -> bool:
+        """Whether no network makes the images."""
+        return self.mode == "painted"
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,8 @@ class Study:
         """Files that all results depend on."""
         files = [case[key] for cases in self.cases.values() for case in cases for key in ("image", "label")]
         own = [] if self.bundles.overrides is None else [self.bundles.overrides]
-        return [self.datalist, *own, self.bundles.generator / "models/model.pt", *map(Path, files)]
+        weights = [self.bundles.generator / "models/model.pt"] * (not self.settings.is_painted)
+        return [self.datalist, *own, *weights, *map(Path, files)]
 
     def stage(
         self, name: str, title: str, run: tuple[Path, str, Sequence[str]], options: Mapping[str, Any], **more: Any

@@ -17,6 +17,7 @@ from custom.volumes.reading import read_labels
 
 logger = logging.getLogger(__name__)
 
+_GUIDED = ("template", "painted")
 CHOICES = ("source", "nearest", "random", "all")
 
 
@@ -74,7 +75,7 @@ def synthesis_cases(
         seed: of the draws, which depend on it and the name of the mask alone.
         num_labels: label ids 0 to num_labels - 1.
         label_mapping: "from" and "to" ids; others stay.
-        mode: of rendering; only "template" can be judged against a template.
+        mode: of rendering; only "template" and "painted" have a template to be judged against.
 
     Returns:
         `label`, `mask_name` (see :func:`custom.volumes.names.case_names`), `case`, `template_image`, `template_label`
@@ -87,9 +88,10 @@ def synthesis_cases(
     """
     if choice not in CHOICES:
         raise ValueError(f"template_choice: must be one of {CHOICES}, got {choice!r}")
-    if mode != "template":
+    if mode not in _GUIDED:
         raise ValueError(
-            f"mode: a synthetic data set is made in mode 'template', got {mode!r}; render with inference.json"
+            f"mode: a synthetic data set is made in mode 'template' or 'painted', got {mode!r}; render with "
+            "inference.json"
         )
     if not templates:
         raise ValueError("templates: at least one image-mask pair is needed")

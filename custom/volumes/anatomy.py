@@ -22,6 +22,8 @@ class Label:
         nominal_hu: usual mean in the scans at hand, HU; paints what no template tells. None where nothing is painted.
         plausible_hu: lowest and highest mean that a scan can have, HU; None: any.
         contrast_sd_hu: SD of the label's own change of contrast from one synthetic volume to the next, HU.
+        pool: name of the blood that fills it; labels of one pool share their contrast where it is drawn anew (`mode`
+            "painted"). None: it varies alone.
         thin: tubular, like vessels and airways: drawn again along its centre lines, painted and never copied from a
             template, heavier in losses and crops, measured and projected as a vessel. It wins over other labels.
         aligns: whether it drives the registration of a template; None: unless it is thin.
@@ -39,6 +41,7 @@ class Label:
     nominal_hu: float | None = None
     plausible_hu: Sequence[float] | None = None
     contrast_sd_hu: float = 0.0
+    pool: str | None = None
     thin: bool = False
     aligns: bool | None = None
     homogeneous: bool = False
@@ -62,6 +65,8 @@ class Label:
                 raise ValueError(f"{self.name}: {name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.touches, (list, tuple)):
             raise ValueError(f"{self.name}: touches must be a list of label ids, got {self.touches!r}")
+        if self.pool is not None and (not isinstance(self.pool, str) or not self.pool.strip()):
+            raise ValueError(f"{self.name}: pool must be a text or null, got {self.pool!r}")
         if self.components < 1:
             raise ValueError(f"{self.name}: components must be at least 1, got {self.components}; leave the label out")
         if self.handles < 0:
@@ -160,6 +165,11 @@ class Anatomy:
     def contrast_sd_hu(self) -> list[float]:
         """One for each id, background first."""
         return self._column("contrast_sd_hu")
+
+    @property
+    def pool(self) -> list[str | None]:
+        """One for each id, background first."""
+        return self._column("pool")
 
     @property
     def thin(self) -> list[int]:

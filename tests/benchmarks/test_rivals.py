@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import rival_evaluation
 import rivals
 import torch
 from common import ANATOMY, TRAIN_CONFIG
@@ -167,6 +168,24 @@ def test_time_ends_a_training_as_steps_do(tmp_path):
     one.seconds = 1e-9
     one.run(endless())
     assert one.done["steps"] == [1]
+
+
+def test_the_randomised_rival_is_asked_for_its_own_colours_and_the_prior_for_those_of_the_template(tmp_path):
+    found = rival_evaluation.arms(tmp_path, {}, device="cpu", steps=1, window=None, our_steps=1)
+    assert list(found) == ["painted prior", "painted, randomised"]
+    rng, label = torch.Generator().manual_seed(0), torch.zeros(1, 24, 24, 24)
+    label[:, 6:18, 6:18, 6:18] = 3
+    image = torch.where(label > 0, 400.0, -100.0) + 5 * torch.randn(label.shape, generator=rng)
+    statistics = torch.full((ANATOMY.num_labels, 2), 400.0)
+    item = {"case": "a", "label": label, "template_label": label, "template_image": image, "statistics": statistics}
+    item |= {"prior": image, "grain_spectrum": torch.ones(1, 17, 17, 9), "noise_sd": 20.0}
+    prior, randomised = (found[name].asked(item) for name in found)
+    assert prior is item
+    change = randomised["prior"][0, 9:15, 9:15, 9:15].mean() - image[0, 9:15, 9:15, 9:15].mean()
+    assert abs(change) > 10
+    assert randomised["noise_sd"] != 20.0
+    judged = randomised["statistics"][:, 0].isfinite().nonzero()[:, 0].tolist()
+    assert judged == ANATOMY.thin, "nothing but vessels is held against what was drawn"
 
 
 def test_unknown_arm_is_refused():

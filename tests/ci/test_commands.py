@@ -38,8 +38,8 @@ COMMANDS = {
     "docs/GENERATOR.md": 11,
     "docs/MASKS.md": 1,
     "docs/SEGMENTER.md": 6,
-    "docs/SYNTHETIC_SET.md": 3,
-    "bundles/structdiff_cardiac/docs/README.md": 25,
+    "docs/SYNTHETIC_SET.md": 4,
+    "bundles/structdiff_cardiac/docs/README.md": 26,
     "bundles/structdiff_seg_cal/docs/README.md": 11,
 }
 """Document -> how many programs its blocks start, those of `NOT_RUN` left out; a loop counts every time."""
@@ -99,8 +99,8 @@ OTHER_OPTIONS = {
 NO_OPTIONS = {
     *("calibrating", "evaluating", "finalize", "generating", "imports", "initialize", "measuring", "pretraining"),
     *("reporting", "run", "synthesizing", "training"),
-    *("coarse_network", "data", "deform_images", "guided", "inferer", "kept", "network", "nothing", "num_labels"),
-    *("one_piece_labels", "pair", "resampled", "run_state", "topology_measures"),
+    *("coarse_network", "data", "deform_images", "guided", "inferer", "kept", "needed_weights", "network"),
+    *("nothing", "num_labels", "one_piece_labels", "painted", "pair", "resampled", "run_state", "topology_measures"),
     *("two_piece_labels", "use_cuda", "volumes"),
 }
 """Ids at the top of configs that are no options: what is run, and what follows from options."""

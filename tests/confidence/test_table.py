@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from custom.confidence.table import _VOXELS_OF_A_LABEL, CalibrateConfidence
-from custom.confidence.transforms import EstimateConfidenced
+from custom.confidence.transforms import EstimateConfidenced, TrustPaintedd
 from custom.runs.files import content_hash
 from custom.synthesis.cases import synthesis_cases
+from monai.data import MetaTensor
 
 WHOLE = {"tau_hu2": [5.0, 7.5], "weights": "abc"}
 
@@ -63,7 +64,7 @@ def collected(tmp_path, masks):
     settings = {"images_per_mask": 1, "seed": 0, "num_labels": 1, "label_mapping": {"from": [], "to": []}}
     given = [{"label": str(tmp_path / file)} for file in masks]
     cases = synthesis_cases(given, [template], choice="random", **settings)
-    made = CalibrateConfidence(str(tmp_path / "confidence.json"), made_with={}, num_labels=1)
+    made = CalibrateConfidence(str(tmp_path / "confidence.json"), made_with={"weights": "abc"}, num_labels=1)
     variance = torch.arange(60.0**3).reshape(1, 1, 60, 60, 60)
     output = {"pred": torch.cat([variance, variance], 1)}
     for case in cases:
@@ -87,3 +88,17 @@ def test_the_draws_of_a_mask_are_those_of_its_file_name_where_no_other_has_it(tm
     seed = int(content_hash(b"subject_042.nii.gz")[:8], 16)
     drawn = torch.randperm(60**3, generator=torch.Generator().manual_seed(seed))[:_VOXELS_OF_A_LABEL]
     torch.testing.assert_close(kept, drawn.float(), rtol=0, atol=0)
+
+
+def test_a_mode_without_a_network_has_nothing_to_calibrate(tmp_path):
+    with pytest.raises(ValueError, match="mode: confidence is calibrated for a network, .* leave `calibrating` out"):
+        CalibrateConfidence(str(tmp_path / "confidence.json"), made_with={"weights": None}, num_labels=1)
+
+
+def test_what_is_painted_is_trusted_everywhere():
+    image = MetaTensor(torch.zeros(1, 3, 4, 5), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    item = TrustPaintedd()({"pred": image})
+    assert (item["confidence"] == 1).all()
+    assert item["confidence"].shape == image.shape
+    assert torch.equal(item["confidence"].affine, image.affine)
+    assert item["score"] == 0

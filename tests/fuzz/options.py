@@ -13,8 +13,16 @@ from fuzz.chains import RUNS, parser_of
 BLOCKS = {"generating": ("motion", "edits", "gate"), "synthesizing": ("gate",), "measuring": ("limits",)}
 """What a run reads of these; others have them from the configs before, and make nothing of them."""
 TABLES = {"contrast_sd_hu": 20, "components": 1, "handles": 0, "nominal_hu": 40, "thin": False, "keep": False}
-TABLES |= {"touches": [6], "plausible_hu": [30, 220], "class_weight": 1.0, "pieces_kept": 1, "wall": True, "name": "x"}
-NULLS = ("gate", "edits", "pieces_kept", "plausible_hu", "nominal_hu", "spacing_mm")
+TABLES |= {
+    "touches": [6],
+    "plausible_hu": [30, 220],
+    "class_weight": 1.0,
+    "pieces_kept": 1,
+    "wall": True,
+    "name": "x",
+    "pool": "left",
+}
+NULLS = ("gate", "pool", "edits", "pieces_kept", "plausible_hu", "nominal_hu", "spacing_mm")
 """Last or first words of options for which null may have a meaning."""
 UNBOUNDED = ("count", "retries", "max_epochs", "samples_per_epoch", "workers", "num_workers")
 """Which a run is right to take however long it will need."""

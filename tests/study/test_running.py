@@ -188,6 +188,28 @@ def test_every_command_of_the_plan_is_one_that_the_bundles_know(tmp_path, finetu
     assert tuned == ["generator", "confidence", "images", "measures"]
 
 
+def test_a_painted_study_needs_no_weights_and_no_calibration(tmp_path):
+    case = {"image": "a.nii.gz", "label": "b.nii.gz"}
+    pairs = {section: [case, case] for section in ("training", "validation", "test")}
+    study = Study(find_bundles(), tmp_path / "datalist.json", tmp_path, Settings(mode="painted"), pairs)
+    stages = plan(study)
+    assert "confidence" not in [s.name for s in stages]
+    for one in (s for s in stages if s.name in ("images", "measures")):
+        check_command_line(["monai.bundle", *one.command[2:]])
+        given = dict(zip(one.command[4::2], one.command[5::2], strict=True))
+        assert given["--mode"] == "painted"
+        assert not {"--ckpt_dir", "--confidence_table"} & set(given)
+        assert set(one.needs) <= {"masks", "images"}
+    assert not [path for path in study.inputs() if path.suffix == ".pt"]
+
+
+def test_a_mode_that_no_study_has_and_training_of_no_network_are_refused():
+    with pytest.raises(ValueError, match="mode: must be one of template, painted, got 'mask_only'"):
+        Settings(mode="mask_only")
+    with pytest.raises(ValueError, match="finetune: must be 0 in mode painted, which uses no network .* got 2"):
+        Settings(mode="painted", finetune=2)
+
+
 def _listed(config):
     return json.loads(config.replace("'", '"')) if config.startswith("[") else [config]
 

@@ -213,7 +213,7 @@ def test_incomplete_cases_are_not_listed(workflow, settings, out):
 
 
 def test_only_renderings_from_templates_make_a_set(workflow, cohort, weights, masks, tmp_path):
-    with fails_with("a synthetic data set is made in mode 'template', got 'mask_only'"):
+    with fails_with("a synthetic data set is made in mode 'template' or 'painted', got 'mask_only'"):
         run(workflow, *CONFIGS, **options(cohort, weights, masks), output_dir=str(tmp_path / "out"), mode="mask_only")
 
 

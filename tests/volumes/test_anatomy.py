@@ -7,7 +7,15 @@ ROWS = {
     "0": {"name": "background", "nominal_hu": -60, "class_weight": 0.5},
     "2": {"name": "aorta", "nominal_hu": 400, "plausible_hu": [100, 800], "homogeneous": True, "contrast_sd_hu": 20},
     "1": {"name": "wall", "nominal_hu": 100, "wall": True, "handles": 1, "keep": True, "aligns": False},
-    "3": {"name": "vessel", "nominal_hu": 330, "thin": True, "components": 2, "touches": [2], "class_weight": 6},
+    "3": {
+        "name": "vessel",
+        "nominal_hu": 330,
+        "thin": True,
+        "components": 2,
+        "touches": [2],
+        "class_weight": 6,
+        "pool": "left",
+    },
 }
 
 
@@ -23,6 +31,7 @@ def test_every_list_is_a_column_in_the_order_of_the_ids():
     assert anatomy.nominal_hu == [-60, 100, 400, 330]
     assert anatomy.plausible_hu == {2: [100, 800]}
     assert anatomy.contrast_sd_hu == [0, 0, 20, 0]
+    assert anatomy.pool == [None, None, None, "left"]
     assert anatomy.class_weights == [0.5, 1, 1, 6]
     assert (anatomy.thin, anatomy.homogeneous, anatomy.origins) == ([3], [2], [2])
 
@@ -63,6 +72,8 @@ def test_ids_may_be_numbers_or_texts():
         (changed("2", class_weight=0), "aorta: class_weight must be above 0, got 0"),
         (changed("2", pieces_kept=3), "aorta: pieces_kept must be 1, 2 or null for all, got 3"),
         (changed("2", plausible_hu=[800, 100]), r"aorta: plausible_hu must be \[lowest, highest\] mean or null"),
+        (changed("2", pool=3), "aorta: pool must be a text or null, got 3"),
+        (changed("2", pool=" "), "aorta: pool must be a text or null, got ' '"),
         (changed("2", contrast_sd_hu=-1), "aorta: contrast_sd_hu must not be negative, got -1"),
     ],
 )
