@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "models/model.pt"
 NEEDED = ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md")
 FOLDERS = ("configs", "docs", "models")
+SOURCES = (".py", ".html", ".css", ".js")
 MAX_FILE_BYTES = 25 * 2**20
 MAX_ZIP_BYTES = 30 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -87,7 +88,7 @@ def bundle_files(bundle: Path, custom: Path, *, weights: bool) -> dict[str, Path
     taken = {"LICENSE", *FOLDERS} - (set() if weights else {"models"})
     found = [path for path in _files_below(bundle) if path.relative_to(bundle).parts[0] in taken]
     members = {f"{bundle.name}/{path.relative_to(bundle).as_posix()}": path for path in found}
-    sources = [path for path in _files_below(custom) if path.suffix in (".py", ".html")]
+    sources = [path for path in _files_below(custom) if path.suffix in SOURCES]
     members |= {f"{bundle.name}/custom/{path.relative_to(custom).as_posix()}": path for path in sources}
     for path in members.values():
         if path.stat().st_size > MAX_FILE_BYTES:

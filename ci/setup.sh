@@ -16,4 +16,6 @@ rm -f .venv/structdiff-*    # stamps of other pins, which no longer hold
 # torch before monai: resolved together, pip would take the newest build with all its CUDA packages.
 .venv/bin/pip install --quiet torch==2.13.0
 .venv/bin/pip install --quiet --constraint ci/constraints.txt --editable ".[test,format]"
+# Only its files are read, for the viewer of the report; what it needs in Jupyter stays out.
+.venv/bin/pip install --quiet --constraint ci/constraints.txt --no-deps ipyniivue
 touch "$stamp"

@@ -13,6 +13,7 @@ from custom.evaluation.labels import DiceMetric, PresenceMetric, SurfaceMetric, 
 from custom.evaluation.records import read_set
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
+from custom.evaluation.traits import case_traits
 
 __all__ = [
     "DiceMetric",
@@ -26,6 +27,7 @@ __all__ = [
     "SegmentationPictures",
     "SurfaceMetric",
     "TopologyMetric",
+    "case_traits",
     "measure_set",
     "radiomic_features",
     "radiomic_names",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["COUNTS", "label_table", "paired_table", "read_evaluations"]
+__all__ = ["COUNTS", "case_differences", "label_differences", "label_table", "paired_table", "read_evaluations"]
 
 COUNTS = ("missed", "invented")
 """Metrics that are 0 or 1 for a label of a case: they add up, where others have a mean."""
@@ -48,6 +48,31 @@ def label_table(evaluations: Mapping[str, pd.DataFrame], metric: str) -> tuple[l
     values = {name: cells.sum(min_count=1) if metric in COUNTS else cells.mean() for name, cells in grouped.items()}
     known = pd.DataFrame(values).reindex(labels).dropna(how="all")
     return ["label", *evaluations], [list(row) for row in known.itertuples(name=None)]
+
+
+def case_differences(table: pd.DataFrame, baseline: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric of an evaluation less that of another: a row a case, a column a label; NaN where one lacks it."""
+    labels = baseline.index.unique("label")
+    change = table[metric].unstack("label") - baseline[metric].unstack("label")
+    return change.reindex(columns=labels).dropna(axis=1, how="all")
+
+
+def label_differences(evaluations: Mapping[str, pd.DataFrame], metric: str) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the paired differences of one metric from the first evaluation, by label.
+
+    Returns:
+        per other evaluation and label: mean difference, its standard deviation over cases (NaN of a single case), and
+        in how many cases it is better, of those that can be compared.
+    """
+    baseline, *others = evaluations
+    sign = -1 if metric.startswith(_LOWER_IS_BETTER) else 1
+    rows: list[list[Any]] = []
+    for name in others:
+        for label, change in case_differences(evaluations[name], evaluations[baseline], metric).items():
+            known = change.dropna()
+            better = f"{int((sign * known > 0).sum())} of {len(known)}"
+            rows.append([str(label), name, float(known.mean()), float(known.std()), better])
+    return ["label", "segmenter", f"mean minus {baseline}", "SD over cases", "cases better"], rows
 
 
 def paired_table(

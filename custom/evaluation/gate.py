@@ -15,7 +15,15 @@ from custom.volumes.intensity import MIN_VOXELS, label_statistics
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["ImageGate", "VesselReference", "examine_labels", "examine_vessels", "rejections", "vessel_reference"]
+__all__ = [
+    "ImageGate",
+    "VesselReference",
+    "examine_labels",
+    "examine_vessels",
+    "rejections",
+    "vessel_contrast_hu",
+    "vessel_reference",
+]
 
 Volume = NDArray[np.float32]
 _MIN_CONTRAST_HU = 30.0  # ours: about the noise of a scan; a template with less shows no vessels
@@ -101,6 +109,14 @@ def vessel_reference(
     threshold = (vessels.mean_hu + vessels.around_hu) / 2
     share = vessels.visible_share(threshold) if np.isfinite(threshold) else 0.0
     return VesselReference(vessels.mean_hu, share or 1.0)
+
+
+def vessel_contrast_hu(
+    image: Volume, label: NDArray[Any], *, thin_labels: Sequence[int], spacing_mm: Sequence[float]
+) -> float:
+    """How far vessels are brighter than the tissue around them, HU; NaN where there are none. As `vessel_reference`."""
+    vessels = _Vessels(image, label, thin_labels, spacing_mm)
+    return vessels.mean_hu - vessels.around_hu
 
 
 def examine_vessels(

@@ -26,6 +26,7 @@ from custom.evaluation.records import read_records
 from custom.runs.files import plain_values, write_json
 from custom.runs.tracking import log_run
 from custom.volumes.cases import check_files
+from custom.volumes.grids import spacing_of
 from custom.volumes.names import case_names
 from custom.volumes.numbering import mapped_key
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ __all__ = ["SET_MEASURES", "measure_set"]
 SET_MEASURES = "set_metrics.json"
 Case = Mapping[str, Any]
 Features = Callable[[NDArray, NDArray], NDArray]
+Traits = Callable[[NDArray, NDArray, Sequence[float]], dict[str, Any]]
 _THUMBNAIL = 16  # voxels a side, ours: shows pose and habitus, which is enough to choose whom to compare
 _SHIFTS = 10  # ours: so many features are listed
 _PATCHES = 24  # of a case, ours: some two for each label
@@ -63,6 +65,7 @@ class _Volumes:
     speckle: NDArray[np.float64]
     spectra: NDArray[np.float64]
     patches: list[torch.Tensor]
+    traits: list[dict[str, Any]]
     folder: Path
 
     def __len__(self) -> int:
@@ -79,16 +82,23 @@ class _Volumes:
 
 
 def _gather(
-    cases: Sequence[Case], read: Callable[[Case], Case], features: Features, labels: _Labels, seed: int, folder: Path
+    cases: Sequence[Case],
+    read: Callable[[Case], Case],
+    features: Features,
+    traits: Traits,
+    labels: _Labels,
+    seed: int,
+    folder: Path,
 ) -> _Volumes:
     folder.mkdir()
     vectors, thumbnails = [], []
-    speckle, spectra, patches = [], [], []
+    speckle, spectra, patches, measured = [], [], [], []
     for index, case in enumerate(tqdm(cases, desc=f"{folder.name} cases read", leave=False)):
         item = read({key: case[key] for key in ("image", "label", mapped_key("label")) if key in case})
         image, label, view, inside = (np.asarray(item[k])[0] for k in ("image", "label", "view", "inside"))
         ids = label.round().astype(np.int64)
         vectors.append(np.asarray(features(image, ids), dtype=np.float64).ravel())
+        measured.append(traits(image, ids, spacing_of(item["image"])))
         speckle.append(edge_speckle(image, ids))
         spectra.append(interior_spectrum(image, ids, labels.homogeneous))
         patches.append(draw_patches(image, ids, count=_PATCHES, num_labels=labels.number, seed=seed + index))
@@ -101,9 +111,8 @@ def _gather(
         thumbnails.append((small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-9))
         np.savez(folder / str(index), view=view.astype(np.float16), heart=inside > 0)
     images = [str(case["image"]) for case in cases]
-    return _Volumes(
-        images, np.array(vectors), np.array(thumbnails), np.array(speckle), np.array(spectra), patches, folder
-    )
+    tables = [np.array(values) for values in (vectors, thumbnails, speckle, spectra)]
+    return _Volumes(images, tables[0], tables[1], tables[2], tables[3], patches, measured, folder)
 
 
 def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:
@@ -256,6 +265,7 @@ def measure_set(
     read: Callable[[Case], Case],
     features: Features,
     feature_names: Sequence[str] | None,
+    traits: Traits,
     num_labels: int,
     homogeneous_labels: Sequence[int],
     classifier_steps: int,
@@ -275,10 +285,11 @@ def measure_set(
         synthetic: `image`, `label` and `record` (relative to `output_dir`) of its cases.
         training: `image` and `label` of what the generator was trained on; templates are added.
         held_out: the same of real cases that it never saw, two at least.
-        read: `image` and `label` files -> `image` (1, H, W, D) HU and `label` cropped to the heart at one spacing, and
-            on a grid that all cases share `view`, the image in [0, 1], and `inside`, the label.
+        read: `image` and `label` files -> MetaTensors `image` (1, H, W, D) HU and `label`, cropped to the heart at one
+            spacing, and on a grid that all cases share `view`, the image in [0, 1], and `inside`, the label.
         features: image and label (H, W, D) -> vector, as long for every case.
         feature_names: of the vector's entries; None numbers them.
+        traits: image, label and spacing in mm -> what is kept of every case for plots of the set beside real cases.
         num_labels: label ids 0 to num_labels - 1.
         homogeneous_labels: ids inside which the spectrum is measured.
         classifier_steps: of training the network that is asked to tell rendered from real patches.
@@ -305,7 +316,7 @@ def measure_set(
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:
         made, real, other = (
-            _gather(cases, read, features, labels, seed, Path(scratch) / name)
+            _gather(cases, read, features, traits, labels, seed, Path(scratch) / name)
             for name, cases in (("synthetic", synthetic), ("training", real_cases), ("held_out", held_out))
         )
         all_real = np.concatenate([real.features, other.features])
@@ -329,6 +340,7 @@ def measure_set(
                 rows, limits, dict(zip(real.images, case_names(real.images), strict=True))
             ),
             "per_case": rows,
+            "traits": {"synthetic": made.traits, "training": real.traits, "held_out": other.traits},
         }
     path = root / SET_MEASURES
     options = {**settings, "limits": limits, "max_pairs": max_pairs, "candidates": candidates, "seed": seed}

@@ -2,169 +2,130 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from custom.evaluation.comparison import COUNTS, label_table, paired_table, read_evaluations
 from custom.evaluation.records import read_set
 from custom.evaluation.sets import SET_MEASURES
+from custom.evaluation.traits import case_traits
 from custom.runs.files import read_json, replace_file
 from custom.runs.tracking import log_run
-from custom.volumes.names import case_names
-from custom.volumes.pictures import case_png, histogram_png, ranges_png, read_ras, upright
-from custom.volumes.reading import read_labels
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from numpy.typing import NDArray
+from custom.synthesis.page.assembling import Picture, fitting, render, spread
+from custom.synthesis.page.niivue import NiiVue, find_niivue
+from custom.synthesis.page.pictures import pair_picture
+from custom.synthesis.page.reasons import in_words
+from custom.synthesis.page.segmenters import segmenter_section
+from custom.synthesis.page.tables import case_rows, distribution_pictures, set_section
+from custom.synthesis.page.viewer import viewer_section
+from custom.synthesis.page.volumes import Case, SetVolumes
+from custom.volumes.colours import label_colour
+from custom.volumes.pictures import WINDOW_HU
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["write_report"]
+__all__ = ["MAX_BYTES", "write_report"]
 
-_VOXELS = 100_000  # ours: of a label over all cases; their percentiles are known to a fraction of a HU
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+MAX_BYTES = 15_000_000  # ours: what mail and browsers still take without complaint
+_FOR_CASES, _FOR_OTHERS = 0.3, 0.2  # ours: shares of the page at most; the viewer takes what is left
+_ROWS = 500  # ours: of a table; more is read in files
+_TRAITS = 60  # ours: so many cases show a distribution, and take a minute or two
+_PROVENANCE = 200_000  # signs, ours: of some thousand templates
+_VIEWED = 3
+_WITHOUT_CASES: dict[str, Any] = {
+    "pictures": [],
+    "rejected_pictures": {},
+    "segmenter_pictures": [],
+    "viewer": {"library": "", "data": {}, "version": ""},
+    "no_viewer": "",
+}
 
 Record = Mapping[str, Any]
-Values = dict[str, list[NDArray]]
-"""Label -> HU of voxels drawn from each case."""
 
 
-def _picture(png: bytes, caption: str) -> dict[str, str]:
-    return {"png": base64.b64encode(png).decode(), "caption": caption}
+class _Labels(NamedTuple):
+    """Names for each id, background first, and the ids of vessels."""
+
+    names: Sequence[str]
+    vessels: Sequence[int]
 
 
-def _add_values(
-    values: Values, image: NDArray, label: NDArray, names: Sequence[str], voxels: int, rng: np.random.Generator
-) -> None:
-    for k, name in enumerate(names[1:], 1):
-        inside = image[label == k]
-        if len(inside):
-            values.setdefault(name, []).append(rng.choice(inside, min(len(inside), voxels), replace=False))
+def _pictures(volumes: SetVolumes, records: Sequence[Record], labels: _Labels) -> dict[str, Picture]:
+    """Each case beside its template, by name."""
+    pictures = {}
+    for record in records:
+        content = pair_picture(volumes.synthetic(record), volumes.template(record), vessel_labels=labels.vessels)
+        caption = f"{record['case']}, score {record['score_hu']:.1f} HU, made after {volumes.template_name(record)}"
+        pictures[record["case"]] = Picture("webp", content, caption)
+    return pictures
 
 
-def _shown(kept: Sequence[Record], rejected: Sequence[Record], max_cases: int) -> set[str]:
-    """Cases to picture: of those kept the best and the worst (they are sorted by score), and of rejected ones."""
-    worst = kept[max(len(kept) - (max_cases - max_cases // 2), 0) :]
-    best = {record["case"] for record in kept[: max_cases // 2]} | {record["case"] for record in worst}
-    return best | {record["case"] for record in rejected[: 2 * max_cases - len(best)]}
+def _traits(volumes: SetVolumes, kept: Sequence[Record], labels: _Labels) -> dict[str, list[dict[str, Any]]]:
+    """Traits of accepted cases and of their templates, where `measuring` has not compared them with more."""
 
-
-def _read_volumes(
-    root: Path,
-    kept: Sequence[Record],
-    rejected: Sequence[Record],
-    *,
-    names: Sequence[str],
-    vessel_labels: Sequence[int],
-    shown: set[str],
-    provenance: Mapping[str, Any],
-) -> tuple[dict[str, dict[str, str]], dict[str, Values]]:
-    """Pictures of the cases that are shown, and HU of the labels, synthetic and real."""
-    rng = np.random.default_rng(0)
-    groups: dict[str, Values] = {"synthetic": {}, "real templates": {}}
-    pictures: dict[str, dict[str, str]] = {}
-    for record in [*kept, *rejected]:
-        image, label, trust = (read_ras(root / record["paths"][key]) for key in ("image", "label", "confidence"))
-        if not record["rejected"]:
-            _add_values(groups["synthetic"], image, label, names, _VOXELS // len(kept), rng)
-        if record["case"] in shown:
-            caption = f"{record['case']}, score {record['score_hu']:.1f} HU"
-            pictures[record["case"]] = _picture(case_png(image, label, trust, vessel_labels=vessel_labels), caption)
-    templates = {(r["template"]["image"], r["template"]["label"]): r["template"] for r in [*kept, *rejected]}
-    label_mapping = provenance.get("label_mapping", {"from": [], "to": []})  # which older sets lack
-    for (image_file, _), template in sorted(templates.items()):
-        image, label = read_ras(image_file), upright(read_labels(template, label_mapping))
-        _add_values(groups["real templates"], image, label, names, _VOXELS // len(templates), rng)
-    return pictures, groups
-
-
-def _case_rows(records: Sequence[Record]) -> list[list[Any]]:
-    rows = []
-    templates = case_names([record["template"]["image"] for record in records])
-    for record, template in zip(records, templates, strict=True):
-        measures = record["measures"]
-        errors = [abs(v) for v in measures["label_error_hu"].values()]
-        rows.append(
-            [
-                record["case"],
-                template,
-                float(record["score_hu"]),
-                float(max(errors, default=float("nan"))),
-                *(measures[k] for k in ("vessel_contrast", "vessel_continuity", "template_copy")),
-            ]
+    def traits(case: Case) -> dict[str, Any]:
+        return case_traits(
+            case.image, case.label, case.spacing_mm, label_names=labels.names, thin_labels=labels.vessels
         )
-    return rows
 
-
-def _realism_rows(realism: Mapping[str, Any] | None) -> list[list[Any]]:
-    """How far the set, and held-out cases in its place, can be told from training cases; sets before 0.4 lack it."""
-    if realism is None:
-        return []
-    both = [realism["synthetic_training"], realism["held_out_training"]]
-    farthest = [
-        max((r for r in part["spectrum_ratio"] if r is not None), key=lambda ratio: abs(ratio - 1), default=None)
-        for part in both
-    ]
-    return [
-        ["speckle at edges, ratio to training cases", *(part["edge_speckle_ratio"] for part in both)],
-        ["spectrum inside labels, ratio to training cases, farthest band", *farthest],
-        [
-            "AUC of a network that tells patches from those of training cases",
-            *(p["two_sample_auc"]["mean"] for p in both),
-        ],
-    ]
-
-
-def _set_section(measures: Mapping[str, Any]) -> dict[str, Any]:
-    """What `custom.evaluation.sets.measure_set` wrote, as tables."""
-    kernel, ratios, ssim = (measures[key] for key in ("kernel_distance", "memorisation", "ms_ssim"))
-    correlation, real = measures["local_correlation"], kernel["training_held_out"]["value"]
-    medians = [ratios[key]["p50"] for key in ("distance_ratio", "distance_ratio_of_held_out")]
-    rows = [
-        ["kernel distance to training cases", kernel["synthetic_training"]["value"], real],
-        ["kernel distance to held-out cases", kernel["synthetic_held_out"]["value"], real],
-        ["MS-SSIM of pairs", ssim["synthetic"]["mean"], ssim["training"]["mean"]],
-        ["distance to training over held-out cases, median", *medians],
-        [
-            "local correlation with training cases, 95 %",
-            correlation["synthetic"]["p95"],
-            correlation["held_out"]["p95"],
-        ],
-        *_realism_rows(measures.get("realism")),
-    ]
+    chosen = spread(kept, _TRAITS)
+    used = {volumes.template_name(record): record for record in chosen}
     return {
-        "counts": measures["cases"],
-        "rows": rows,
-        "shifts": [[row["feature"], row["shift_sd"]] for row in measures["largest_shifts"]],
-        "copies": [[row["case"], row["reason"]] for row in measures["near_duplicates"]],
+        "synthetic": [traits(volumes.synthetic(record)) for record in chosen],
+        "templates": [traits(volumes.template(used[name])) for name in sorted(used)],
     }
 
 
-def _segmenter_section(evaluations: Mapping[str, str], vessel_names: Sequence[str]) -> dict[str, Any]:
-    """What segmenters reach on test cases, and their pictures of the first of these."""
-    read = read_evaluations(evaluations)
-    counts = [metric for metric in COUNTS if all(metric in table for table in read.values())]  # not before version 0.4
-    measures: list[tuple[str, str | None]] = [("dice", None), *((metric, None) for metric in counts)]
-    measures += [(metric, name) for name in vessel_names for metric in ("dice", "cl_dice", "hd95_mm", "betti_error_0")]
-    first = min(next(iter(read.values())).index.unique("case"))
-    pictures = {name: Path(folder) / "pictures" / f"{first}.png" for name, folder in evaluations.items()}
+def _viewer(
+    volumes: SetVolumes, records: Sequence[Record], labels: _Labels, niivue: NiiVue, room: int
+) -> dict[str, Any] | None:
+    """The viewer of a few cases; None when it has no room."""
+    cases = []
+    for record in records:
+        texts = {"case": record["case"], "template": volumes.template_name(record)}
+        texts["note"] = "kept apart" if record["rejected"] else f"score {record['score_hu']:.1f} HU"
+        cases.append((texts, volumes.synthetic(record), volumes.template(record)))
+    return viewer_section(cases, niivue, label_names=labels.names, vessel_labels=labels.vessels, room=room)
+
+
+def _apart(rejected: Sequence[Record], labels: _Labels, gate: Mapping[str, Any]) -> list[tuple[str, list, list]]:
+    """Case, what is wrong with it in words, and the limits as the gate names them."""
+
+    def words(record: Record) -> list[str]:
+        return [in_words(reason, label_names=labels.names, gate=gate) for reason in record["rejected"]]
+
+    return [(record["case"], words(record), record["rejected"]) for record in rejected]
+
+
+def _text(
+    kept: Sequence[Record],
+    rejected: Sequence[Record],
+    provenance: Mapping[str, Any],
+    *,
+    labels: _Labels,
+    volumes: SetVolumes,
+    evaluations: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """What the page says and plots, but for its pictures of cases and its viewer."""
+    measured = volumes.root / SET_MEASURES
+    measures = read_json(measured, "run `measuring` again") if measured.exists() else {}
+    segmenters = segmenter_section(evaluations, [labels.names[k] for k in labels.vessels]) if evaluations else None
     return {
-        "paired": paired_table(read, measures),
-        "dice": label_table(read, "dice"),
-        "counts": [(metric, *label_table(read, metric)) for metric in counts],
-        "pictures": [
-            _picture(path.read_bytes(), f"{name}: {first}") for name, path in pictures.items() if path.exists()
-        ],
+        "kept": len(kept),
+        "rejected": len(rejected),
+        "labels": [(name, label_colour(k)) for k, name in enumerate(labels.names) if k],
+        "window": [f"{value:.0f}" for value in WINDOW_HU],
+        "cases": case_rows(kept[:_ROWS]),
+        "rows": _ROWS,
+        "measured": "traits" in measures,
+        "distributions": distribution_pictures(measures.get("traits") or _traits(volumes, kept, labels)),
+        "of_set": set_section(measures) if measures else None,
+        "segmenters": segmenters,
+        "reasons": _apart(rejected[:_ROWS], labels, provenance.get("gate") or {}),
+        "provenance": json.dumps(provenance, indent=1)[:_PROVENANCE],
     }
 
 
@@ -176,20 +137,21 @@ def write_report(
     max_cases: int = 12,
     evaluations: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> str:
-    """Write `report.html`: cohort table, scores, HU against the real cases, pictures, rejected cases, provenance.
-
-    Also the measures of the set and segmenters beside each other, where there are any.
+    """Write `report.html`: pictures, viewer, distributions, what was kept apart, segmenters, tables, provenance.
 
     Everything is in the one file; it needs no network and no other file.
 
     Args:
         output_dir: of a finished synthesis, with `datalist.json` and `records/`.
         label_names: one for each id, background first.
-        vessel_labels: ids of the projections.
-        max_cases: so many cases are pictured, those of the highest and lowest scores among them; rejected ones apart.
+        vessel_labels: ids that are projected, and drawn over the others.
+        max_cases: so many cases are pictured, from those of the highest to those of the lowest score; and so many
+            rejected ones.
         evaluations: name -> output folder of `evaluate.json` of the segmenter; others are compared with the first.
         tracking_uri: of MLflow, where the report is logged; None leaves that out.
+        max_bytes: size of the page; pictures and volumes of the viewer are left out or made coarser to keep it.
 
     Returns:
         path of the page.
@@ -197,36 +159,34 @@ def write_report(
     Raises:
         FileNotFoundError, ValueError: of :func:`custom.evaluation.records.read_set`.
     """
-    root = Path(output_dir)
+    root, labels, niivue = Path(output_dir), _Labels(label_names, vessel_labels), find_niivue()
     kept, rejected, provenance = read_set(output_dir)
-    pictures, groups = _read_volumes(
-        root,
-        kept,
-        rejected,
-        names=label_names,
-        vessel_labels=vessel_labels,
-        shown=_shown(kept, rejected, max_cases),
-        provenance=provenance,
-    )
-    hu = {group: {name: np.concatenate(parts) for name, parts in values.items()} for group, values in groups.items()}
-    scores = [record["score_hu"] for record in [*kept, *rejected]]
-    measured = root / SET_MEASURES
-    page = _TEMPLATES.get_template("report.html").render(
-        kept=len(kept),
-        rejected=len(rejected),
-        cases=_case_rows(kept),
-        scores=_picture(histogram_png(scores, name="score, HU"), "Scores of all cases, those kept apart included"),
-        intensities=_picture(ranges_png(hu, name="HU"), "Median and 5 to 95 % of the voxels of each label"),
-        of_set=_set_section(read_json(measured, "run `measuring` again")) if measured.exists() else None,
-        segmenters=_segmenter_section(evaluations, [label_names[k] for k in vessel_labels]) if evaluations else None,
-        pictures=[pictures[r["case"]] for r in kept if r["case"] in pictures],
-        reasons=[[r["case"], "; ".join(r["rejected"])] for r in rejected],
-        rejected_pictures=[pictures[r["case"]] for r in rejected if r["case"] in pictures],
-        provenance=json.dumps(provenance, indent=1),
+    volumes = SetVolumes(root, [*kept, *rejected], provenance)
+    text = _text(kept, rejected, provenance, labels=labels, volumes=volumes, evaluations=evaluations)
+    text["licence"] = niivue.licence
+    room = max_bytes - len(render(**text, **_WITHOUT_CASES).encode())
+
+    shown = fitting(list(_pictures(volumes, spread(kept, max_cases), labels).values()), round(_FOR_CASES * room))
+    apart = _pictures(volumes, rejected[:max_cases], labels)
+    of_segmenters = text["segmenters"]["pictures"] if text["segmenters"] else []
+    others = fitting([*apart.values(), *of_segmenters], round(_FOR_OTHERS * room))
+    room -= sum(picture.size for picture in [*shown, *others])
+    viewer, why = None, niivue.missing
+    if not why:
+        viewer = _viewer(volumes, spread(kept or rejected, _VIEWED), labels, niivue, room)
+        why = "" if viewer else f"even one case is too large for a page of {max_bytes / 1e6:.1f} MB"
+    page = render(
+        **text,
+        pictures=shown,
+        rejected_pictures={name: picture for name, picture in apart.items() if picture in others},
+        segmenter_pictures=[picture for picture in of_segmenters if picture in others],
+        viewer=viewer,
+        no_viewer=why,
     )
     path = root / "report.html"
-    replace_file(path, lambda part: part.write_text(page + "\n", encoding="utf-8"))
+    replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
     if tracking_uri:
+        scores = [record["score_hu"] for record in [*kept, *rejected]]
         log_run(
             tracking_uri,
             root,
@@ -235,5 +195,5 @@ def write_report(
             metrics={"accepted": len(kept), "rejected": len(rejected), "mean_score_hu": float(np.mean(scores))},
             artifacts=[path],
         )
-    logger.info("report of %d cases: %s", len(kept) + len(rejected), path)
+    logger.info("report of %d cases, %.1f MB: %s", len(kept) + len(rejected), len(page) / 1e6, path)
     return str(path)

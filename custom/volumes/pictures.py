@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from custom.runs.files import replace_file
+from custom.volumes.colours import label_colour
 from custom.volumes.reading import LoadVolumesd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Orientation
 from scipy import ndimage
 
 WINDOW_HU = (-250.0, 650.0)  # ours: fat (-100 HU) and blood with contrast (500 HU) stand apart from black and white
-_COLOURS = matplotlib.colormaps["tab20"]
 
 
-def read_ras(path: str | os.PathLike) -> np.ndarray:
-    """Volume of a file, (H, W, D) float32, turned to RAS as pictures need it.
+def read_one(path: str | os.PathLike) -> MetaTensor:
+    """Volume of a file, (1, H, W, D) float32.
 
     Raises:
         FileNotFoundError, ValueError: naming a file that is not one volume.
@@ -29,18 +28,27 @@ def read_ras(path: str | os.PathLike) -> np.ndarray:
     volume = Compose([LoadVolumesd("volume"), EnsureChannelFirstd("volume")])({"volume": str(path)})["volume"]
     if volume.ndim != 4 or len(volume) != 1:
         raise ValueError(f"{path}: must be one 3D volume of one channel, got channels and size {tuple(volume.shape)}")
-    return upright(volume)
+    return volume
 
 
-def upright(volume: MetaTensor) -> np.ndarray:
-    """A volume (1, H, W, D), (H, W, D) turned to RAS."""
-    return Orientation(axcodes="RAS", labels=None)(volume)[0].numpy()
+def turned(volume: MetaTensor) -> MetaTensor:
+    """A volume (1, H, W, D) turned to RAS, as pictures need it."""
+    upright: MetaTensor = Orientation(axcodes="RAS", labels=None)(volume)  # type: ignore[assignment]
+    return upright
 
 
-def _planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
-    """Axial, coronal and sagittal slice of an RAS volume through a voxel, drawn in radiological convention."""
+def read_ras(path: str | os.PathLike) -> np.ndarray:
+    """Volume of a file, (H, W, D) float32, turned to RAS; errors as :func:`read_one`."""
+    return turned(read_one(path))[0].numpy()
+
+
+def planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice of an RAS volume through a voxel, in radiological convention.
+
+    The patient's right is on the left of axial and coronal slices, the front on the left of sagittal ones.
+    """
     x, y, z = centre
-    return [np.flip(np.rot90(plane), 1) for plane in (volume[:, :, z], volume[:, y, :])] + [np.rot90(volume[x])]
+    return [np.flip(np.rot90(plane), 1) for plane in (volume[:, :, z], volume[:, y, :], volume[x])]
 
 
 def heart_centre(label: np.ndarray) -> tuple[int, int, int]:
@@ -79,75 +87,14 @@ def save_mask_sheet(
     """
     figure = Figure(figsize=(11, 2.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    colours = np.concatenate([np.zeros((1, 3)), np.array([_COLOURS(i % 20)[:3] for i in range(1, 256)])])
+    colours = np.array([to_rgb(label_colour(i)) for i in range(256)])
     for row, (title, label) in zip(axes, rows, strict=True):
-        panels = [colours[plane.astype(int)] for plane in _planes(label, heart_centre(label))]
+        panels = [colours[plane.astype(int)] for plane in planes(label, heart_centre(label))]
         for axis, panel in zip(row, [*panels, vessel_depth(label, vessel_labels)], strict=True):
             axis.imshow(panel, interpolation="nearest")
             axis.set_axis_off()
         row[0].set_title(title, fontsize=9, loc="left", parse_math=False)
     _save(figure, path)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return buffer.getvalue()
-
-
-def case_png(image: np.ndarray, label: np.ndarray, confidence: np.ndarray, *, vessel_labels: Sequence[int]) -> bytes:
-    """PNG of one synthetic case: three planes with outlines, the same with doubt in red, and its vessels.
-
-    Args:
-        image: (H, W, D) HU, in RAS.
-        label: (H, W, D) ids.
-        confidence: (H, W, D), 0 to 1.
-        vessel_labels: ids of the projection.
-    """
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    axes = figure.subplots(2, 4)
-    centre = heart_centre(label)
-    planes = zip(_planes(image, centre), _planes(label, centre), _planes(confidence, centre), strict=True)
-    for column, (plane, mask, trust) in enumerate(planes):
-        for row in (0, 1):
-            axes[row, column].imshow(plane, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
-        for index in np.unique(mask)[1:]:
-            axes[0, column].contour(mask == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
-        axes[1, column].imshow(np.ones_like(trust), cmap="autumn", vmin=1, vmax=2, alpha=0.7 * (1 - trust))
-    axes[0, 3].imshow(vessel_projection(image, label, vessel_labels), cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
-    axes[1, 3].imshow(vessel_depth(label, vessel_labels))
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    return _png(figure)
-
-
-def histogram_png(values: Sequence[float], *, name: str, bins: int = 20) -> bytes:
-    """PNG of a histogram."""
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    axis = figure.subplots()
-    axis.hist(values, bins=bins, color="#4477aa")
-    axis.set_xlabel(name)
-    axis.set_ylabel("cases")
-    return _png(figure)
-
-
-def ranges_png(groups: Mapping[str, Mapping[str, np.ndarray]], *, name: str) -> bytes:
-    """PNG of median and 5 to 95 % range of each label, a colour for each group: {group: {label: values}}."""
-    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
-    figure = Figure(figsize=(9, 0.34 * len(labels) + 1), layout="constrained")
-    axis = figure.subplots()
-    for number, (group, values) in enumerate(groups.items()):
-        rows = [i for i, label in enumerate(labels) if len(values.get(label, ()))]
-        low, middle, high = np.array([np.percentile(values[labels[i]], [5, 50, 95]) for i in rows]).reshape(-1, 3).T
-        at = np.array(rows) + (number - (len(groups) - 1) / 2) * 0.25
-        colour = _COLOURS(2 * number)
-        axis.hlines(at, low, high, color=colour, linewidth=4, label=group)
-        axis.plot(middle, at, "o", color=colour, markeredgecolor="white")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.set_xlabel(name)
-    axis.legend(fontsize=8)
-    return _png(figure)
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
@@ -168,12 +115,12 @@ def save_sheet(
     axes = figure.subplots(len(rows), 5, squeeze=False)
     for row, (title, image, label) in zip(axes, rows, strict=True):
         centre = heart_centre(label)
-        planes, masks = _planes(image, centre), _planes(label, centre)
-        panels = [*planes, planes[0], vessel_projection(image, label, vessel_labels)]
+        slices, masks = planes(image, centre), planes(label, centre)
+        panels = [*slices, slices[0], vessel_projection(image, label, vessel_labels)]
         for axis, panel in zip(row, panels, strict=True):
             axis.imshow(panel, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], interpolation="nearest")
             axis.set_axis_off()
         for index in np.unique(masks[0])[1:]:
-            row[3].contour(masks[0] == index, [0.5], colors=[_COLOURS(int(index) % 20)], linewidths=0.8)
+            row[3].contour(masks[0] == index, [0.5], colors=[label_colour(int(index))], linewidths=0.8)
         row[0].set_title(title, fontsize=9, loc="left", parse_math=False)
     _save(figure, path)

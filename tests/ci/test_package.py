@@ -64,7 +64,7 @@ def test_zip_has_one_top_folder_with_licence_card_configs_and_custom(dist, name)
     assert {member.split("/")[0] for member in members} == {name}
     wanted = {"LICENSE", "docs/README.md", "docs/data_license.txt", "configs/metadata.json", "custom/__init__.py"}
     assert {f"{name}/{file}" for file in wanted} <= set(members)
-    sources = [path for kind in ("*.py", "*.html") for path in (ROOT / "custom").rglob(kind)]
+    sources = [path for kind in ("*.py", "*.html", "*.css", "*.js") for path in (ROOT / "custom").rglob(kind)]
     committed = {f"{name}/custom/{path.relative_to(ROOT / 'custom')}" for path in sources}
     assert committed == {member for member in members if "/custom/" in member}
     configs = {f"{name}/configs/{path.name}" for path in (ROOT / "bundles" / name / "configs").iterdir()}

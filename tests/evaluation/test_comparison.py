@@ -4,7 +4,13 @@ import csv
 
 import numpy as np
 import pytest
-from custom.evaluation.comparison import label_table, paired_table, read_evaluations
+from custom.evaluation.comparison import (
+    case_differences,
+    label_differences,
+    label_table,
+    paired_table,
+    read_evaluations,
+)
 
 NAN = float("nan")
 
@@ -94,3 +100,21 @@ def test_misses_add_up_by_label_and_fewer_are_better(tmp_path):
     read = read_evaluations({name: write(tmp_path / name, own, columns) for name, own in rows.items()})
     assert label_table(read, "missed")[1] == [["heart", 1.0, 0.0], ["vessel", 2.0, 1.0]]
     assert paired_table(read, [("missed", None)])[1][1][2:] == [0.5, -1.0, "2 of 2"]
+
+
+def test_differences_of_every_case_stand_label_by_label_with_their_spread(evaluations):
+    read = read_evaluations(evaluations)
+    by_case = case_differences(read["other"], read["first"], "dice")
+    assert by_case.columns.tolist() == ["heart", "vessel"]
+    assert by_case.loc["a"].tolist() == [0.5, 0.25]
+    assert by_case.loc["b"].tolist() == [-0.25, 0.5]
+    columns, rows = label_differences(read, "dice")
+    assert columns == ["label", "segmenter", "mean minus first", "SD over cases", "cases better"]
+    assert [row[:3] + row[4:] for row in rows] == [
+        ["heart", "other", 0.125, "1 of 2"],
+        ["vessel", "other", 0.375, "2 of 2"],
+    ]
+    assert rows[0][3] == pytest.approx(0.75 / np.sqrt(2))
+    rows = label_differences(read, "hd95_mm")[1]
+    assert [row[4] for row in rows] == ["1 of 2", "1 of 1"]  # lower is better, and one case lacks it
+    assert np.isnan(rows[1][3])  # a single case has no spread

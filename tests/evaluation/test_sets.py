@@ -10,6 +10,7 @@ import pytest
 from custom.evaluation import sets
 from custom.evaluation.sets import measure_set
 from helpers import TINY, fails_with, smooth_volume, template_of
+from monai.data import MetaTensor
 
 CONFIGS = ("inference.json", "synthesize.json", "measure_set.json")
 
@@ -105,7 +106,10 @@ def test_a_copy_in_a_set_is_named_with_its_original_and_the_report_says_so(workf
         assert all(0.3 < ratio < 3 for ratio in realism["spectrum_ratio"])
     assert 0 < found["ms_ssim"]["synthetic"]["mean"] < 1
     assert all(": " in row["feature"] or row["feature"] == "grain" for row in found["largest_shifts"])
+    assert {group: len(cases) for group, cases in found["traits"].items()} == found["cases"]
+    assert all(case["volume_ml"]["aorta"] > 1 for cases in found["traits"].values() for case in cases)
     page = (planted / "report.html").read_text()
+    assert "Mean attenuation of every label" in page
     assert "<h2>Near duplicates</h2>" in page
     assert found["near_duplicates"][0]["reason"] in page
 
@@ -166,6 +170,7 @@ class Arrays:
             "max_pairs": 2,
             "candidates": 1,
             "seed": 0,
+            "traits": lambda image, label, spacing_mm: {"spacing_mm": list(spacing_mm)},
             "settings": {"spacing_mm": [1.0, 1.0, 1.0]},
         } | changes
         path = measure_set(str(self.folder), synthetic=synthetic, training=training, held_out=held_out, **settings)
@@ -176,7 +181,7 @@ def read_array(case):
     volume = np.load(case["image"])[None]
     label = np.ones_like(volume)
     label[:, 32:] = 2
-    return {"image": 1000 * volume, "label": label, "view": volume, "inside": np.ones_like(volume)}
+    return {"image": MetaTensor(1000 * volume), "label": label, "view": volume, "inside": np.ones_like(volume)}
 
 
 @pytest.fixture
