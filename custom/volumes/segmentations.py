@@ -61,8 +61,8 @@ def _label(scores: torch.Tensor, to_image: NDArray[np.float64], labels: torch.Te
     # Between voxels that the background wins it wins, too.
     box = grown_box(bounding_box(found), [1, 1, 1])
     corners = np.stack(np.meshgrid(*((s.start - 1, s.stop) for s in box)), -1).reshape(-1, 3) - to_image[:3, 3]
-    corners = np.linalg.solve(to_image[:3, :3], corners.T)
-    low, high = np.floor(corners.min(1)).astype(int).clip(0), np.ceil(corners.max(1)).astype(int) + 1
+    ends = np.linalg.solve(to_image[:3, :3], corners.T)
+    low, high = np.floor(ends.min(1)).astype(int).clip(0), np.ceil(ends.max(1)).astype(int) + 1
     window = [slice(int(a), min(int(b), n)) for a, b, n in zip(low, high, labels.shape, strict=True)]
     to_box = to_image.copy()
     to_box[:3, 3] -= [s.start for s in box]
