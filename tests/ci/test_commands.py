@@ -71,6 +71,7 @@ NOT_RUN = {
     "bash ci/real_input.sh": "needs a real CTA",
     "bash ci/monailabel.sh": "is a check of its own, with an installation of its own",
     "python -m custom.study": "tests/study runs it",
+    "python3 -m venv .venv-dicom": "tests/benchmarks/test_dicom.py runs it",
     "source .venv-monailabel/bin/activate": "what ci/monailabel.sh does, with a user's folders",
     ".venv/bin/python benchmarks/same_results.py": "needs a second checkout and half an hour",
 }
