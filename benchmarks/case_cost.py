@@ -10,18 +10,14 @@ it is. The mode without a template is left out where the bundle has no coarse.pt
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import fire
 import nibabel as nib
 import numpy as np
-from common import RESULTS, TRAIN_CONFIG, machine
+from common import RESULTS, TRAIN_CONFIG, command_cost, machine
 from custom.phantom.cohort import make_subject
 from custom.runs.files import write_json
 from custom.volumes.headers import placed_image
@@ -66,15 +62,7 @@ def render(folder: Path, output: Path, options: dict[str, Any]) -> dict[str, flo
     """Seconds and peak GiB of one command."""
     templates = [{"image": str(folder / "image_0.nii.gz"), "label": str(folder / "label_0.nii.gz")}]
     given = {"target_masks": [str(folder / "label_1.nii.gz")], "templates": templates, "output_dir": output, **options}
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs/inference.json")]
-    command += ["--bundle_root", str(BUNDLE), *(part for k, v in given.items() for part in (f"--{k}", str(v)))]
-    start = time.perf_counter()
-    with (output.parent / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{command} failed:\n{(output.parent / 'log.txt').read_text()[-2000:]}")
-    return {"seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
+    return command_cost("inference.json", bundle=BUNDLE, **given)
 
 
 def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_cost.json")) -> None:
@@ -96,7 +84,7 @@ def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_co
     write_json(Path(out), {"machine": machine(), "rows": rows})
     print("| size | options | s | GiB |\n|---|---|---|---|")
     for row in rows:
-        given = {k: v for k, v in row.items() if k not in ("size", "seconds", "peak_gib")}
+        given = {k: v for k, v in row.items() if k not in ("size", "seconds", "cpu_seconds", "peak_gib")}
         print(f"| {row['size']} | {given} | {row['seconds']:.0f} | {row['peak_gib']:.1f} |")
 
 

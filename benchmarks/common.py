@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,36 @@ def machine() -> dict[str, Any]:
 def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Metrics of an evaluation but for those that are not defined, which JSON holds as null."""
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def command_cost(
+    config: str | Sequence[str], *, bundle: Path, run_id: str | None = None, **options: Any
+) -> dict[str, float]:
+    """Seconds, of the clock and of the processors, and peak GiB of a bundle's command in a process of its own.
+
+    Args:
+        config: names of files in the bundle's `configs`.
+        bundle: its root.
+        run_id: of the config, None for "run".
+        options: of the command line.
+
+    Raises:
+        RuntimeError: with the end of what a command that failed has said.
+    """
+    files = [str(bundle / "configs" / name) for name in ([config] if isinstance(config, str) else config)]
+    given = {"config_file": files[0] if len(files) == 1 else files, "bundle_root": bundle, **options}
+    command = [sys.executable, "-m", "monai.bundle", "run", *([run_id] if run_id else [])]
+    command += [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    with tempfile.TemporaryFile("w+") as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            log.seek(0)
+            raise RuntimeError(f"{command} failed:\n{log.read()[-2000:]}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": usage.ru_maxrss / 2**20}
 
 
 def template_chain(labels: Sequence[int]) -> Compose:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from custom.evaluation.mask_pairs import LINE_MEASURES, MASK_MEASURES, VOXELS, MaskPair, check_measures
+from custom.geometry.topology import bounding_box, grown_box
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
-from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import CumulativeIterationMetric, compute_dice
+from monai.metrics.utils import get_edge_surface_distance
 from scipy import ndimage
 
 _PERCENTILE = 95  # of surface distances, as usual: a single stray voxel decides the maximum (Taha & Hanbury 2015)
@@ -78,8 +80,9 @@ class LabelMetric(ColumnMetric):
         spacing_mm = tuple(self.spacing_mm or (_spacing_mm(y) if isinstance(y, MetaTensor) else VOXELS))
         values = []
         for predicted, true in zip(*map(_label_maps, (y_pred, y)), strict=True):
-            boxes = [ndimage.find_objects(label_map) for label_map in (predicted, true)]
             diagonal_mm = math.dist([0.0] * 3, [n * s for n, s in zip(true.shape, spacing_mm, strict=True)])
+            predicted, true = _heart(predicted, true)
+            boxes = [ndimage.find_objects(label_map) for label_map in (predicted, true)]
             rows = []
             for k in self.labels:
                 box = _common_box([found[k - 1] for found in boxes if k <= len(found)])
@@ -99,6 +102,13 @@ def _label_maps(volumes: torch.Tensor) -> np.ndarray:
     """(B, 1, H, W, D) -> (B, H, W, D) of the smallest type that holds the ids."""
     values = torch.as_tensor(volumes).as_subclass(torch.Tensor)[:, 0].cpu().round().numpy()
     return values.astype(np.min_scalar_type(int(values.max(initial=0))), copy=False)
+
+
+def _heart(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both maps where either holds a label, and the voxels around."""
+    held = (predicted > 0) | (true > 0)
+    box = grown_box(bounding_box(held), [1, 1, 1]) if held.any() else (slice(1),) * 3
+    return predicted[box], true[box]
 
 
 def _common_box(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
@@ -170,7 +180,8 @@ class DiceMetric(LabelMetric):
 
 
 class SurfaceMetric(LabelMetric):
-    """MONAI's surface metrics on label maps, in mm: its handlers do not hand the voxel size of a case on.
+    """MONAI's surface metrics on label maps, in mm: its handlers do not hand the voxel size of a case on. The distances
+    of the surfaces, which take the time, are MONAI's, and found once for both.
 
     Columns: "hd95_mm", the 95th percentile of the Hausdorff distance, and "nsd", the normalised surface Dice; both of
     every label but the background. A label that both maps lack is NaN; one that a single map lacks has a surface Dice
@@ -199,11 +210,10 @@ class SurfaceMetric(LabelMetric):
         here, there = bool(pair.prediction.any()), bool(pair.truth.any())
         if not (here and there):
             return [pair.diagonal_mm if there else math.nan, 0.0 if here or there else math.nan]
-        channels, spacing_mm = pair.channels, list(pair.spacing_mm)
-        return [
-            float(compute_hausdorff_distance(*channels, True, percentile=_PERCENTILE, spacing=spacing_mm)),
-            float(compute_surface_dice(*channels, [self.tolerance_mm], True, spacing=spacing_mm)),
-        ]
+        found, wanted = (torch.from_numpy(mask) for mask in (pair.prediction, pair.truth))
+        _, both_ways, _ = get_edge_surface_distance(found, wanted, spacing=list(pair.spacing_mm), symmetric=True)
+        farthest = max(float(torch.quantile(distances.float(), _PERCENTILE / 100)) for distances in both_ways)
+        return [farthest, float((torch.cat(both_ways) <= self.tolerance_mm).float().mean())]
 
 
 class PresenceMetric(LabelMetric):
