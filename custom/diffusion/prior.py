@@ -146,11 +146,14 @@ def with_label_means(image_hu: torch.Tensor, target_label: torch.Tensor, prior_h
         image_hu, target_label, prior_hu: (B, 1, H, W, D).
 
     Returns:
-        (B, 1, H, W, D) HU; labels of fewer than 8 voxels and the background are as they were.
+        (B, 1, H, W, D) HU; labels of fewer than 8 voxels and the background are as they were, and so is all where the
+        prior is a constant, which tells no means.
     """
     ids = target_label.round().long().clamp(min=0)
     shifted = image_hu.clone()
     for image, at, prior in zip(shifted, ids, prior_hu, strict=True):
+        if prior.min() == prior.max():
+            continue
         off = label_statistics(image - prior, at, int(at.max()) + 1)[:, 0].nan_to_num(0.0)
         off[0] = 0.0
         image -= off[at]

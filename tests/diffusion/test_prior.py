@@ -113,6 +113,8 @@ def test_labels_are_shifted_to_the_means_of_the_prior_one_by_one():
     assert torch.equal(shifted[~large], image[~large])
     for sample, of_it, told in zip(shifted, large, texture, strict=True):
         torch.testing.assert_close(sample[of_it], 300 + told[of_it] - told[of_it].mean(), rtol=0, atol=1e-3)
+    untold = torch.full_like(prior, -60.0)  # as without a prior, for comparison
+    assert torch.equal(with_label_means(image, label, untold), image)
 
 
 def test_missing_labels_follow_the_shift_of_the_present_ones():
