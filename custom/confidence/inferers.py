@@ -9,7 +9,7 @@ import torch
 from custom.confidence.variance import RunningVariance, predicted_variance
 from custom.diffusion.context import RESIDUAL_UNIT_HU
 from custom.diffusion.network import StructDiffUNet
-from custom.diffusion.sampler import StructDiffInferer
+from custom.diffusion.sampler import Encoded, StructDiffInferer
 from custom.diffusion.schedule import spaced_timesteps
 from custom.volumes.grids import crop_to
 from custom.volumes.haar import haar_unpack
@@ -21,7 +21,7 @@ class PredictedVarianceInferer(StructDiffInferer):
     """Render a structure and the variance that the network predicts for it anyway (ours).
 
     Where an image is farther from the predicted mean than three deviations, as where it does not show its label, a
-    ninth of the squared distance counts instead. One encoding more than the image alone, no network call.
+    ninth of the squared distance counts instead. No network call more than the image alone.
     """
 
     @torch.no_grad()
@@ -33,14 +33,18 @@ class PredictedVarianceInferer(StructDiffInferer):
         Returns:
             (B, 2, H, W, D): structure of :class:`StructDiffInferer` in HU, and variance in HU^2.
         """
-        image = super().__call__(inputs, network, cases)
-        return torch.cat([image, self.variance(image, inputs, network)], 1)
+        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        encoded = self._encode(context, network)
+        image = self._render(context, encoded, network, cases, self.timesteps)
+        return torch.cat([image, self._variance(image, context, encoded)], 1)
 
     @torch.no_grad()
     def variance(self, image: torch.Tensor, inputs: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
         """Variance (B, 1, H, W, D) in HU^2 of any structure (B, 1, H, W, D) in HU, given a context (B, 4, H, W, D)."""
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
-        encoded = self._encode(context, network)
+        return self._variance(image, context, self._encode(context, network))
+
+    def _variance(self, image: torch.Tensor, context: torch.Tensor, encoded: Encoded) -> torch.Tensor:
         expected = self._to_hu(haar_unpack(encoded.mean), context)
         predicted = crop_to(predicted_variance(encoded.sigma), context.shape[2:]) * RESIDUAL_UNIT_HU**2
         return torch.maximum(predicted, ((image - expected) / _TOLERATED_DEVIATIONS).square())

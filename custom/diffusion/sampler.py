@@ -32,7 +32,7 @@ def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> 
     return dense_patch_slices(list(size), roi, interval)
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """What is known before the first step: windows on the packed grid, its size, their conditions, and the moments."""
 
     packed: list[tuple[slice, ...]]
@@ -146,12 +146,22 @@ class StructDiffInferer(Inferer):
         Raises:
             ValueError: naming the cases whose rendering is not finite: limits would turn that into plausible HU.
         """
-        if len(cases) != len(inputs):
-            raise ValueError(f"cases: one name for each of the {len(inputs)} samples is needed, got {len(cases)}")
         context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        return self._render(context, self._encode(context, network), network, cases, times)
+
+    def _render(
+        self,
+        context: torch.Tensor,
+        encoded: Encoded,
+        network: StructDiffUNet,
+        cases: Sequence[str],
+        times: Sequence[int],
+    ) -> torch.Tensor:
+        """As `render`, of what is encoded already, which takes most of the time of a mean."""
+        if len(cases) != len(context):
+            raise ValueError(f"cases: one name for each of the {len(context)} samples is needed, got {len(cases)}")
         size = tuple(context.shape[2:])
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
-        encoded = self._encode(context, network)
         residual = encoded.mean
         if self.sample_strength > 0:
             drawn = self._remainder(haar_pack(pad_to_multiple(noise, 2)), encoded, network, times)
@@ -171,7 +181,7 @@ class StructDiffInferer(Inferer):
         guided = known.modes().view(-1, 1, 1, 1, 1) == MODES.index("template")
         return torch.where(guided, with_label_means(image, known.target_label, known.prior_hu), image)
 
-    def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> _Encoded:
+    def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> Encoded:
         """Conditions of all windows and the moments of the whole volume, padded to even sizes."""
         context = pad_to_multiple(context, 2)
         size = context.shape[2:]
@@ -194,10 +204,10 @@ class StructDiffInferer(Inferer):
             return crop_to(both, [axis.stop - axis.start for axis in packed[index]])
 
         mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
-        return _Encoded(packed, grid, condition, mean, log_sigma.exp())
+        return Encoded(packed, grid, condition, mean, log_sigma.exp())
 
     def _remainder(
-        self, noise: torch.Tensor, encoded: _Encoded, network: StructDiffUNet, times: Sequence[int]
+        self, noise: torch.Tensor, encoded: Encoded, network: StructDiffUNet, times: Sequence[int]
     ) -> torch.Tensor:
         """Standardised remainder (B, 8, h, w, d) of packed noise: the probability flow in the angle, noise to image."""
         packed, grid, condition, *_ = encoded
