@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from custom.evaluation import labels as of_labels
+from custom.evaluation import mask_pairs as of_pairs
 from custom.evaluation import rendering as of_rendering
 from custom.evaluation.rendering import (
     MEASURES,
@@ -271,7 +271,7 @@ def test_columns_are_the_measures_of_their_labels():
 
 def test_vessels_are_looked_for_and_thinned_once_for_all_columns(monkeypatch):
     calls = []
-    for module, name in ((of_rendering, "vessel_regions"), (of_labels, "skeleton"), (of_labels, "betti_errors")):
+    for module, name in ((of_rendering, "vessel_regions"), (of_pairs, "skeleton"), (of_pairs, "betti_errors")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
     truth, label = make_case()
