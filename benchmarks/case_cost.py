@@ -62,7 +62,7 @@ def render(folder: Path, output: Path, options: dict[str, Any]) -> dict[str, flo
     """Seconds and peak GiB of one command."""
     templates = [{"image": str(folder / "image_0.nii.gz"), "label": str(folder / "label_0.nii.gz")}]
     given = {"target_masks": [str(folder / "label_1.nii.gz")], "templates": templates, "output_dir": output, **options}
-    return command_cost("inference.json", bundle=BUNDLE, **given)
+    return command_cost(["inference.json"], bundle=BUNDLE, **given)
 
 
 def run(sizes: tuple[str, ...] = tuple(SIZES), out: str = str(RESULTS / "case_cost.json")) -> None:

@@ -65,23 +65,20 @@ def known(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def command_cost(
-    config: str | Sequence[str], *, bundle: Path, run_id: str | None = None, **options: Any
-) -> dict[str, float]:
+def command_cost(configs: Sequence[str], *, bundle: Path, run_id: str = "run", **options: Any) -> dict[str, float]:
     """Seconds, of the clock and of the processors, and peak GiB of a bundle's command in a process of its own.
 
     Args:
-        config: names of files in the bundle's `configs`.
+        configs: names of files in the bundle's `configs`.
         bundle: its root.
-        run_id: of the config, None for "run".
+        run_id: what of them is run.
         options: of the command line.
 
     Raises:
         RuntimeError: with the end of what a command that failed has said.
     """
-    files = [str(bundle / "configs" / name) for name in ([config] if isinstance(config, str) else config)]
-    given = {"config_file": files[0] if len(files) == 1 else files, "bundle_root": bundle, **options}
-    command = [sys.executable, "-m", "monai.bundle", "run", *([run_id] if run_id else [])]
+    given = {"config_file": [str(bundle / "configs" / name) for name in configs], "bundle_root": bundle, **options}
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id]
     command += [part for key, value in given.items() for part in (f"--{key}", str(value))]
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()

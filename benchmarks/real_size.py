@@ -48,11 +48,11 @@ def make_scans(folder: Path) -> None:
 def stages(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """What is measured, in its order: name, and arguments of `command_cost`."""
     masks = {"bundle": GENERATOR, "run_id": "generating", "reference_datalist": folder / "datalist.json"}
-    masks |= {"config": "generate_masks.json", "spacing_mm": MASKS_MM, "output_dir": folder / "masks"}
-    images = {"bundle": GENERATOR, "run_id": "synthesizing", "config": ["inference.json", "synthesize.json"]}
+    masks |= {"configs": ["generate_masks.json"], "spacing_mm": MASKS_MM, "output_dir": folder / "masks"}
+    images = {"bundle": GENERATOR, "run_id": "synthesizing", "configs": ["inference.json", "synthesize.json"]}
     images |= {"mask_datalist": folder / "masks/datalist.json", "template_datalist": folder / "datalist.json"}
-    scan = {"bundle": SEGMENTER, "config": "inference.json", "images": [str(folder / "image_1.nii.gz")]}
-    case = {"bundle": SEGMENTER, "config": ["train.json", "evaluate.json"], "run_id": "evaluating"}
+    scan = {"bundle": SEGMENTER, "configs": ["inference.json"], "images": [str(folder / "image_1.nii.gz")]}
+    case = {"bundle": SEGMENTER, "configs": ["train.json", "evaluate.json"], "run_id": "evaluating"}
     return [
         ("reference prepared, one mask made", {**masks, "count": 1}),
         ("one mask more", {**masks, "count": 2}),

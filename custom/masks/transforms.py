@@ -60,11 +60,6 @@ class PrepareMaskd(Transform):
             )
         except ValueError as error:
             raise ValueError(f"{file_of(label)}: {error}") from error
-        worker = get_worker_info()
-        warn_of_memory(
-            (1 if worker is None else worker.num_workers) * prepared.size * _BYTES_A_VOXEL,
-            'set `spacing_mm` to what the images need (--spacing_mm "[0.8,0.8,0.8]"), or use fewer --workers',
-        )
         absent = [f"{k} ({s.name})" for k, s in self.structures.items() if k not in report]
         if absent:
             logger.warning("%s has no label %s; masks made from it will have none, too", file_of(label), absent)
@@ -147,7 +142,11 @@ class GenerateMaskd(Transform):
         """Generator of the item's source; the one last used is kept, items of one source follow one another."""
         name = file_of(item["label"])
         if self._source is None or self._source[0] != name:
-            label = item["label"]
+            label, worker = item["label"], get_worker_info()
+            warn_of_memory(
+                (1 if worker is None else worker.num_workers) * label.numel() * _BYTES_A_VOXEL,
+                'set `spacing_mm` to what the images need (--spacing_mm "[0.8,0.8,0.8]"), or use fewer --workers',
+            )
             try:
                 reference = Reference(label_map_of(label), self.structures, spacing_mm=label.pixdim.tolist())
                 neighbours = [self._neighbour(reference, label, path) for path in item["neighbours"]]

@@ -90,11 +90,11 @@ class KeepPiecesd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             labels = item[key].clone()
-            values = torch.as_tensor(labels).as_subclass(torch.Tensor)[0].cpu().numpy()
-            boxes = ndimage.find_objects(values.astype(np.min_scalar_type(int(values.max()))))
+            volume = torch.as_tensor(labels).as_subclass(torch.Tensor)[0]  # which it shares its voxels with
+            boxes = ndimage.find_objects(volume.cpu().numpy().astype(np.min_scalar_type(int(volume.max()))))
             for k, number in self.pieces.items():
                 if k <= len(boxes) and boxes[k - 1] is not None:
-                    part = torch.as_tensor(labels).as_subclass(torch.Tensor)[0][boxes[k - 1]]
+                    part = volume[boxes[k - 1]]
                     mask = part == k
                     part[mask & ~get_largest_connected_component_mask(mask, num_components=number).bool()] = 0
             item[key] = labels

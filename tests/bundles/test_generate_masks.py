@@ -245,6 +245,17 @@ def test_a_program_error_is_not_taken_for_a_rejection(cohort, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob("records/*"))
 
 
+def test_a_run_that_needs_more_memory_than_there_is_says_so_and_what_to_change(made, cohort, tmp_path, monkeypatch):
+    """Also one that goes on, whose references are prepared already."""
+    shutil.copytree(made, tmp_path / "out")
+    said = []
+    monkeypatch.setattr("custom.runs.memory.machine_memory", lambda: 1 << 20)
+    monkeypatch.setattr("custom.runs.memory.logger.warning", lambda text, *values: said.append(text % values))
+    generate(cohort / "datalist.json", tmp_path / "out", count=4, with_image=True)
+    assert said
+    assert all("of memory, the machine has 0; set `spacing_mm` to what" in warning for warning in said)
+
+
 def spoiled(label, how):
     label = label.astype(np.float32)
     if how == "interpolated":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from custom.geometry.topology import bounding_box, grown_box
 from custom.volumes.grids import spacing_of
 from custom.volumes.names import case_names
 from custom.volumes.pictures import read_one, turned
@@ -87,12 +88,8 @@ def cropped(case: Case, margin_mm: float) -> Case:
     """A case cut to a box around all its labels; the whole case when it has none."""
     if not (case.label > 0).any():
         return case
-    box = []
-    for axis, spacing in enumerate(case.spacing_mm):
-        others = tuple(k for k in range(3) if k != axis)
-        filled, margin = np.flatnonzero((case.label > 0).any(others)), round(margin_mm / spacing)
-        box.append(slice(max(int(filled[0]) - margin, 0), int(filled[-1]) + margin + 1))
-    h, w, d = box
+    margins = [round(margin_mm / edge) for edge in case.spacing_mm]
+    h, w, d = grown_box(bounding_box(case.label > 0), margins)
     confidence = None if case.confidence is None else case.confidence[h, w, d]
     return Case(case.image[h, w, d], case.label[h, w, d], confidence, case.spacing_mm)
 
