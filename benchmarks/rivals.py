@@ -103,7 +103,9 @@ class Training:
     """
 
     def __init__(self, arm: str, *, steps: int, seconds: float, learning_rate: float, state: Path, device: str) -> None:
-        self.arm, self.network = arm, ARMS[arm]().to(device).train()
+        # Channels last: on a CPU three quarters of the time a step.
+        network = ARMS[arm]().to(device, memory_format=torch.channels_last_3d)
+        self.arm, self.network = arm, network.train()
         self.steps, self.seconds = steps // self.network.stages, seconds / self.network.stages
         self.learning_rate, self.state = learning_rate, state
         self.done: dict[str, Any] = {"stage": 0, "steps": [], "seconds": [], "flops": [], "losses": []}
