@@ -33,7 +33,7 @@ class PredictedVarianceInferer(StructDiffInferer):
         Returns:
             (B, 2, H, W, D): structure of :class:`StructDiffInferer` in HU, and variance in HU^2.
         """
-        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        context = self._context(inputs, network)
         encoded = self._encode(context, network)
         image = self._render(context, encoded, network, cases, self.timesteps)
         return torch.cat([image, self._variance(image, context, encoded)], 1)

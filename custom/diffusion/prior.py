@@ -160,6 +160,29 @@ def with_label_means(image_hu: torch.Tensor, target_label: torch.Tensor, prior_h
     return shifted
 
 
+def own_template(drawn_hu: torch.Tensor, target_label: torch.Tensor, prior_hu: torch.Tensor) -> torch.Tensor:
+    """The prior that an image drawn without a template gives when it becomes its own template (ours).
+
+    What the coarse stage drew is uneven inside labels as no scan is, and the network, which cannot tell what is wrong in
+    it, keeps that. Painted anew, as a template's labels are, every label is even and has the mean that was drawn.
+
+    Args:
+        drawn_hu, target_label: (B, 1, H, W, D).
+        prior_hu: of the drawing, (B, 1, H, W, D); stays at labels of fewer than 8 voxels.
+
+    Returns:
+        (B, 1, H, W, D) HU.
+    """
+    ids = target_label.round().long().clamp(min=0)
+    backgrounds = template_background(drawn_hu, target_label)
+    volumes = []
+    for drawn, at, background, prior in zip(drawn_hu, ids, backgrounds, prior_hu, strict=True):
+        means = label_statistics(drawn, at, int(at.max()) + 1)[:, 0]
+        painted = paint_prior(at, means, background)
+        volumes.append(torch.where(painted.isfinite(), painted, prior))
+    return torch.stack(volumes)
+
+
 def fitted_template(
     template_hu: torch.Tensor,
     template_label: torch.Tensor,

@@ -11,7 +11,7 @@ from custom.diffusion.context import MODES, RESIDUAL_UNIT_HU, Context
 from custom.diffusion.formulas import probability_flow
 from custom.diffusion.network import Condition, StructDiffUNet, near_labels
 from custom.diffusion.noise import HU_RANGE, case_noise
-from custom.diffusion.prior import with_label_means
+from custom.diffusion.prior import own_template, with_label_means
 from custom.diffusion.schedule import listed_timesteps
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
@@ -146,8 +146,20 @@ class StructDiffInferer(Inferer):
         Raises:
             ValueError: naming the cases whose rendering is not finite: limits would turn that into plausible HU.
         """
-        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        context = self._context(inputs, network)
         return self._render(context, self._encode(context, network), network, cases, times)
+
+    def _context(self, inputs: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
+        """What is rendered: the inputs; where they tell a mask alone, the mean of these, which becomes a template."""
+        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        given = Context.of(context)
+        alone = given.modes() == MODES.index("mask_only")
+        if not bool(alone.any()):
+            return context
+        drawn = self._to_hu(haar_unpack(self._encode(context, network).mean), context)
+        prior = own_template(drawn, given.target_label, given.prior_hu)
+        own = Context(given.target_label, prior, given.target_label, prior).stacked()
+        return torch.where(alone.view(-1, 1, 1, 1, 1), own, context)
 
     def _render(
         self,

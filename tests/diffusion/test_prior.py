@@ -7,6 +7,7 @@ from custom.diffusion.prior import (
     bed_vessels,
     complete_statistics,
     fill_holes,
+    own_template,
     paint_prior,
     template_background,
     with_label_means,
@@ -115,6 +116,19 @@ def test_labels_are_shifted_to_the_means_of_the_prior_one_by_one():
         torch.testing.assert_close(sample[of_it], 300 + told[of_it] - told[of_it].mean(), rtol=0, atol=1e-3)
     untold = torch.full_like(prior, -60.0)  # as without a prior, for comparison
     assert torch.equal(with_label_means(image, label, untold), image)
+
+
+def test_a_drawing_becomes_its_own_template_with_even_labels_of_the_means_that_were_drawn():
+    label = torch.zeros(2, 1, 12, 12, 12)
+    label[:, :, :4], label[1, :, 8, 8, :7] = 1, 2  # seven voxels are too few for a mean
+    drawn = torch.where(label > 0, 300 * label, -60.0)
+    drawn += torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0)) * 20
+    prior = own_template(drawn, label, torch.full_like(drawn, 77.0))
+    for sample, image, at in zip(prior, drawn, label, strict=True):
+        torch.testing.assert_close(sample[at == 1], image[at == 1].mean().expand_as(sample[at == 1]))
+    assert (prior[label == 2] == 77).all()
+    away = torch.nn.functional.max_pool3d((label > 0).float(), 3, 1, 1) == 0
+    assert torch.equal(prior[away], drawn[away])
 
 
 def test_missing_labels_follow_the_shift_of_the_present_ones():

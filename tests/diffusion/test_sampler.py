@@ -39,12 +39,12 @@ class LocalNetwork:
         return (0.2 + time) * y - 0.01 * features[:, :8] + 0.001 * features[:, 8:16]
 
 
-def make_context(size, batch=1, seed=0, *, template=True):
+def make_context(size, batch=1, seed=0, *, labels=True):
     generator = torch.Generator().manual_seed(seed)
     context = 100 * torch.randn(batch, len(Context._fields), *size, generator=generator)
     context[:, [0, 2]] = torch.randint(0, 3, (batch, 2, *size), generator=generator).float()
-    if not template:
-        context[:, 2] = -1
+    if not labels:  # nothing is shifted to the means of labels then
+        context[:, [0, 2]] = -1
     return context
 
 
@@ -130,7 +130,7 @@ class FlatNetwork(LocalNetwork):
 
 def test_one_step_rendering_is_an_euler_step_of_the_case_noise():
     """y = noise - psi F, psi the angle of the time; (mean + sigma y), times the unit, plus the prior."""
-    context = make_context((6, 4, 4), template=False)
+    context = make_context((6, 4, 4), labels=False)
     result = make_inferer([600], seed=7)(context, FlatNetwork(), ["patient"])
     x, alpha = haar_pack(case_noise((1, 6, 4, 4), 7, "patient")[None]), ALPHAS[600]
     y = x - torch.atan2((1 - alpha).sqrt(), alpha.sqrt()) * (x / 4 + 0.5)
@@ -149,7 +149,7 @@ class GaussianNetwork(FlatNetwork):
 
 
 def test_the_exact_flow_of_a_narrower_gaussian_draws_it_and_the_error_falls_with_the_steps():
-    context, errors = make_context((8, 8, 8), template=False), []
+    context, errors = make_context((8, 8, 8), labels=False), []
     x = haar_pack(case_noise((1, 8, 8, 8), 0, "a")[None])
     exact = RESIDUAL_UNIT_HU * haar_unpack(FlatNetwork.mean + FlatNetwork.sigma * 0.5 * x) + context[:, 3:4]
     for steps in (10, 20, 40):
@@ -170,7 +170,7 @@ def idle():
 @pytest.mark.parametrize("steps", [1, 3, [999, 400, 20]])
 def test_without_a_word_of_the_unet_the_sample_is_mean_and_sigma_noise_at_any_number_of_steps(idle, steps):
     """The exact answer for a Gaussian residual; DDIM would shrink it by the cosine of every step."""
-    context = make_context((12, 12, 12), template=False)
+    context = make_context((12, 12, 12), labels=False)
     result = make_inferer(steps, seed=2)(context, idle, ["patient"])
     with torch.no_grad():
         *_, mean, sigma = idle.encode(context)
@@ -182,7 +182,7 @@ def test_without_a_word_of_the_unet_the_sample_is_mean_and_sigma_noise_at_any_nu
 
 @pytest.mark.parametrize("roi", [None, [8, 8, 8]], ids=["whole", "windows"])
 def test_at_strength_zero_the_mean_is_rendered_without_a_call_of_the_unet(network, roi):
-    context, local = make_context((12, 9, 10), template=False), LocalNetwork()
+    context, local = make_context((12, 9, 10), labels=False), LocalNetwork()
     result = make_inferer(10, sample_strength=0, roi_size=roi)(context, local, ["a"])
     assert local.called == 0
     mean = haar_unpack(local.encode(pad_to_multiple(context, 2)).mean)[..., :9, :]
@@ -198,14 +198,29 @@ def test_at_strength_zero_the_mean_is_rendered_without_a_call_of_the_unet(networ
 
 
 @pytest.mark.parametrize("strength", [0, 1])
-@pytest.mark.parametrize("template", [True, False])
-def test_labels_have_the_means_that_a_template_says(network, strength, template):
-    context = make_context((12, 12, 12), 2, template=template)
+def test_labels_have_the_means_that_a_template_says(network, strength):
+    context = make_context((12, 12, 12), 2)
     image = make_inferer(2, sample_strength=strength)(context, network, ["a", "b"])
     for sample, channels in zip(image[:, 0], context, strict=True):
         for label in (1, 2):
-            off = (sample - channels[3])[channels[0] == label].mean()
-            assert (off.abs() < 0.01) == template
+            assert (sample - channels[3])[channels[0] == label].mean().abs() < 0.01
+
+
+@pytest.mark.parametrize("roi", [None, [8, 8, 8]])
+def test_a_mask_alone_is_rendered_with_its_own_drawing_as_template(network, roi):
+    mixed = make_context((12, 12, 12), 2)
+    mixed[1, 1], mixed[1, 2] = 0, -1
+    inferer = make_inferer(2, sample_strength=0, roi_size=roi)
+    with torch.no_grad():
+        context = inferer._context(mixed, network)
+    assert torch.equal(context[0], mixed[0])
+    label, template, template_label, prior = context[1]
+    assert torch.equal(label, mixed[1, 0]) and torch.equal(template_label, label) and torch.equal(template, prior)
+    rendered = inferer(mixed, network, ["a", "b"])
+    torch.testing.assert_close(rendered[1:], inferer(context[1:], network, ["b"]), rtol=0, atol=1e-2)
+    for k in (1, 2):
+        assert prior[label == k].unique().numel() == 1
+        assert (rendered[1, 0] - prior)[label == k].mean().abs() < 0.01
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5])
