@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PAIR = ("image", "template_image", "label", "template_label")
 WARM_UP_STEPS, END_LEARNING_RATE, EMA_MOMENTUM, CLIP_NORM = 200, 0.02, 0.002, 1.0  # the last three as in train.json
 KEPT_PAIRS = 1024
-LOG_EVERY, SAVE_EVERY = 100, 1000
+LOG_EVERY, SAVE_EVERY = 100, 100
 
 
 class Pairs(Dataset):

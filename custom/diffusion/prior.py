@@ -163,8 +163,8 @@ def with_label_means(image_hu: torch.Tensor, target_label: torch.Tensor, prior_h
 def own_template(drawn_hu: torch.Tensor, target_label: torch.Tensor, prior_hu: torch.Tensor) -> torch.Tensor:
     """The prior that an image drawn without a template gives when it becomes its own template (ours).
 
-    What the coarse stage drew is uneven inside labels as no scan is, and the network, which cannot tell what is wrong in
-    it, keeps that. Painted anew, as a template's labels are, every label is even and has the mean that was drawn.
+    What the coarse stage drew is uneven inside labels as no scan is, and the network, which cannot tell what is wrong
+    in it, keeps that. Painted anew, as a template's labels are, every label is even and has the mean that was drawn.
 
     Args:
         drawn_hu, target_label: (B, 1, H, W, D).

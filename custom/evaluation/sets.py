@@ -5,32 +5,36 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from custom.evaluation.distances import (
     copying_p_value,
     distance_ratios,
     frechet_distance,
     kernel_distance,
-    local_correlation,
     mean_shifts,
-    ms_ssim,
     standardised,
 )
-from custom.evaluation.realism import draw_patches, edge_speckle, interior_spectrum, spectrum_ratio, two_sample_auc
+from custom.evaluation.gathering import (
+    Case,
+    Features,
+    Labels,
+    Traits,
+    Volumes,
+    closest,
+    diversity,
+    gather,
+    with_templates,
+)
+from custom.evaluation.realism import spectrum_ratio, two_sample_auc
 from custom.evaluation.records import read_records
 from custom.runs.files import plain_values, write_json
 from custom.runs.tracking import log_run
 from custom.volumes.cases import check_files
-from custom.volumes.grids import spacing_of
 from custom.volumes.names import case_names
-from custom.volumes.numbering import mapped_key
 from numpy.typing import NDArray
-from torch.nn import functional as F
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -38,111 +42,8 @@ logger = logging.getLogger(__name__)
 __all__ = ["SET_MEASURES", "measure_set"]
 
 SET_MEASURES = "set_metrics.json"
-Case = Mapping[str, Any]
-Features = Callable[[NDArray, NDArray], NDArray]
-Traits = Callable[[NDArray, NDArray, Sequence[float]], dict[str, Any]]
-_THUMBNAIL = 16  # voxels a side, ours: shows pose and habitus, which is enough to choose whom to compare
 _SHIFTS = 10  # ours: so many features are listed
-_PATCHES = 24  # of a case, ours: some two for each label
 _LIMITS = ("local_correlation", "template_copy")
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What realism needs to know of the label map."""
-
-    number: int
-    homogeneous: Sequence[int]
-
-
-@dataclass
-class _Volumes:
-    """A set of cases: what is small in memory, what is large in files."""
-
-    images: list[str]
-    features: NDArray[np.float64]
-    thumbnails: NDArray[np.float64]
-    speckle: NDArray[np.float64]
-    spectra: NDArray[np.float64]
-    patches: list[torch.Tensor]
-    traits: list[dict[str, Any]]
-    folder: Path
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def view(self, index: int) -> tuple[NDArray, NDArray]:
-        """Image in [0, 1] and heart of a case on the common grid."""
-        content = np.load(self.folder / f"{index}.npz")
-        return content["view"].astype(np.float32), content["heart"]
-
-    def nearest(self, thumbnail: NDArray, count: int) -> list[int]:
-        """Cases that look most like a thumbnail, best first."""
-        return np.argsort(-self.thumbnails @ thumbnail, kind="stable")[:count].tolist()
-
-
-def _gather(
-    cases: Sequence[Case],
-    read: Callable[[Case], Case],
-    features: Features,
-    traits: Traits,
-    labels: _Labels,
-    seed: int,
-    folder: Path,
-) -> _Volumes:
-    folder.mkdir()
-    vectors, thumbnails = [], []
-    speckle, spectra, patches, measured = [], [], [], []
-    for index, case in enumerate(tqdm(cases, desc=f"{folder.name} cases read", leave=False)):
-        item = read({key: case[key] for key in ("image", "label", mapped_key("label")) if key in case})
-        image, label, view, inside = (np.asarray(item[k])[0] for k in ("image", "label", "view", "inside"))
-        ids = label.round().astype(np.int64)
-        vectors.append(np.asarray(features(image, ids), dtype=np.float64).ravel())
-        measured.append(traits(image, ids, spacing_of(item["image"])))
-        speckle.append(edge_speckle(image, ids))
-        spectra.append(interior_spectrum(image, ids, labels.homogeneous))
-        patches.append(draw_patches(image, ids, count=_PATCHES, num_labels=labels.number, seed=seed + index))
-        if len(vectors[-1]) != len(vectors[0]):
-            raise ValueError(
-                f"features: all cases must give equally many, got {len(vectors[0])}, and {len(vectors[-1])} of "
-                f"{case['image']}"
-            )
-        small = F.adaptive_avg_pool3d(torch.as_tensor(view)[None], _THUMBNAIL).numpy().ravel().astype(np.float64)
-        thumbnails.append((small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-9))
-        np.savez(folder / str(index), view=view.astype(np.float16), heart=inside > 0)
-    images = [str(case["image"]) for case in cases]
-    tables = [np.array(values) for values in (vectors, thumbnails, speckle, spectra)]
-    return _Volumes(images, tables[0], tables[1], tables[2], tables[3], patches, measured, folder)
-
-
-def _with_templates(training: Sequence[Case], records: Sequence[Case]) -> list[Case]:
-    """Training cases, and the templates of the records that are not among them."""
-    known = {Path(case["image"]).resolve() for case in training}
-    more = {record["template"]["image"]: record["template"] for record in records}
-    return [*training, *(template for image, template in more.items() if Path(image).resolve() not in known)]
-
-
-def _diversity(volumes: _Volumes, max_pairs: int, rng: np.random.Generator) -> dict[str, float]:
-    """MS-SSIM of pairs of one set: of all, or of as many as allowed, drawn at random."""
-    pairs = np.stack(np.triu_indices(len(volumes), 1), 1)
-    chosen = np.sort(rng.permutation(len(pairs))[:max_pairs])
-    values = [ms_ssim(volumes.view(i)[0], volumes.view(j)[0]) for i, j in tqdm(pairs[chosen], "pairs", leave=False)]
-    return {
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values)),
-        "highest": max(values),
-        "pairs": len(values),
-        "of": len(pairs),
-    }
-
-
-def _closest(volumes: _Volumes, index: int, others: _Volumes, also: Sequence[int], count: int) -> tuple[int, float]:
-    """Which of the others correlates most with a case window by window, and how much; the likeliest are compared."""
-    image, heart = volumes.view(index)
-    candidates = dict.fromkeys([*also, *others.nearest(volumes.thumbnails[index], count)])
-    values = {k: local_correlation(image, others.view(k)[0], heart) for k in candidates}
-    best = max(values, key=lambda k: values[k])
-    return best, values[best]
 
 
 def _feature_measures(scaled: Sequence[NDArray], seed: int) -> dict[str, Any]:
@@ -166,7 +67,7 @@ def _feature_measures(scaled: Sequence[NDArray], seed: int) -> dict[str, Any]:
     }
 
 
-def _realism(made: _Volumes, real: _Volumes, *, steps: int, seed: int) -> dict[str, Any]:
+def _realism(made: Volumes, real: Volumes, *, steps: int, seed: int) -> dict[str, Any]:
     """What tells one set from another: speckle at edges, spectrum inside labels, and a network's answer."""
     return {
         "edge_speckle_ratio": float(np.nanmean(made.speckle) / np.nanmean(real.speckle)),
@@ -190,13 +91,13 @@ def _quantiles(values: NDArray) -> dict[str, float]:
 
 
 def _case_rows(
-    synthetic: _Volumes, real: _Volumes, records: Sequence[Case], ratios: NDArray, candidates: int
+    synthetic: Volumes, real: Volumes, records: Sequence[Case], ratios: NDArray, candidates: int
 ) -> list[dict[str, Any]]:
     places = {Path(image).resolve(): k for k, image in enumerate(real.images)}
     rows = []
     for i, record in enumerate(tqdm(records, desc="searched for copies", leave=False)):
         template = places[Path(record["template"]["image"]).resolve()]
-        best, correlation = _closest(synthetic, i, real, [template], candidates)
+        best, correlation = closest(synthetic, i, real, [template], candidates)
         rows.append(
             {
                 "case": record["case"],
@@ -309,20 +210,20 @@ def measure_set(
         ValueError: on fewer than two synthetic, training or held-out cases, an unknown limit, or features of different
             number.
     """
-    labels = _Labels(num_labels, homogeneous_labels)
+    labels = Labels(num_labels, homogeneous_labels)
     root, rng = Path(output_dir), np.random.default_rng(seed)
     records = read_records(root, synthetic, {"template": {"image", "label"}, "measures": {"template_copy"}})
-    real_cases = _with_templates(training, records)
+    real_cases = with_templates(training, records)
     _check(limits, synthetic=synthetic, training=real_cases, held_out=held_out)
     with tempfile.TemporaryDirectory() as scratch:
         made, real, other = (
-            _gather(cases, read, features, traits, labels, seed, Path(scratch) / name)
+            gather(cases, read, features, traits, labels, seed, Path(scratch) / name)
             for name, cases in (("synthetic", synthetic), ("training", real_cases), ("held_out", held_out))
         )
         all_real = np.concatenate([real.features, other.features])
         scaled = [standardised(volumes.features, all_real) for volumes in (made, real, other)]
         rows = _case_rows(made, real, records, distance_ratios(*scaled), candidates)
-        among_real = [_closest(other, i, real, [], candidates)[1] for i in range(len(other))]
+        among_real = [closest(other, i, real, [], candidates)[1] for i in range(len(other))]
         measures = {
             "cases": {"synthetic": len(made), "training": len(real), "held_out": len(other)},
             **_feature_measures(scaled, seed),
@@ -331,7 +232,7 @@ def measure_set(
                 "held_out_training": _realism(other, real, steps=classifier_steps, seed=seed),
             },
             "largest_shifts": _largest_shifts(made.features, all_real, feature_names),
-            "ms_ssim": {"synthetic": _diversity(made, max_pairs, rng), "training": _diversity(real, max_pairs, rng)},
+            "ms_ssim": {"synthetic": diversity(made, max_pairs, rng), "training": diversity(real, max_pairs, rng)},
             "local_correlation": {
                 "synthetic": _quantiles(np.array([row["local_correlation"] for row in rows])),
                 "held_out": _quantiles(np.array(among_real)),

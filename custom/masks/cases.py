@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from custom.runs.files import read_json
-from custom.volumes.cases import check_names, is_whole_volume, unfinished
+from custom.volumes.cases import check_names
+from custom.volumes.finished import is_whole_volume, unfinished
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,8 @@
 """One case: lists, reading and checks, writing, grids, intensities, pictures."""
 
 from custom.volumes.anatomy import Anatomy
-from custom.volumes.cases import (
-    check_files,
-    load_cases,
-    rendering_cases,
-    segmentation_cases,
-    unfinished,
-    validation_cases,
-)
+from custom.volumes.cases import check_files, load_cases, rendering_cases, segmentation_cases, validation_cases
+from custom.volumes.finished import unfinished
 from custom.volumes.grids import InvertImaged
 from custom.volumes.origins import SaveOrigind, is_rendered
 from custom.volumes.reading import LoadVolumesd, reading_chain

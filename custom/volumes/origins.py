@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.runs.files import file_hash, read_json, write_json
-from custom.volumes.cases import has_volume
+from custom.volumes.finished import has_volume
 from monai.transforms import Transform
 
 __all__ = ["SaveOrigind", "is_rendered"]

@@ -215,7 +215,8 @@ def test_a_mask_alone_is_rendered_with_its_own_drawing_as_template(network, roi)
         context = inferer._context(mixed, network)
     assert torch.equal(context[0], mixed[0])
     label, template, template_label, prior = context[1]
-    assert torch.equal(label, mixed[1, 0]) and torch.equal(template_label, label) and torch.equal(template, prior)
+    for found, wanted in ((label, mixed[1, 0]), (template_label, label), (template, prior)):
+        assert torch.equal(found, wanted)
     rendered = inferer(mixed, network, ["a", "b"])
     torch.testing.assert_close(rendered[1:], inferer(context[1:], network, ["b"]), rtol=0, atol=1e-2)
     for k in (1, 2):

@@ -7,7 +7,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from custom.evaluation import sets
+from custom.evaluation import gathering
 from custom.evaluation.sets import measure_set
 from helpers import TINY, fails_with, smooth_volume, template_of
 from monai.data import MetaTensor
@@ -18,7 +18,7 @@ CONFIGS = ("inference.json", "synthesize.json", "measure_set.json")
 @pytest.fixture(autouse=True)
 def few_patches(monkeypatch):
     """What the network answers is tested in test_realism.py."""
-    monkeypatch.setattr(sets, "_PATCHES", 2)
+    monkeypatch.setattr(gathering, "_PATCHES", 2)
 
 
 def write_case(folder, name, image, label, template, *, score_hu=5.0):
