@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from custom.geometry.topology import betti_numbers, fill_cavities, largest_components
 from custom.phantom.geometry import FAR, Array, Frame, curve_length, draw_tube, spline
@@ -13,25 +15,38 @@ from scipy import ndimage
 # World lengths per scale that a main artery must have; what lies outside took a detour or broke off. Ours: those of 56
 # accepted subjects are 72 to 103, 65 to 100 and 110 to 151 mm.
 LENGTHS_MM = {"LAD": (66.0, 135.0), "LCX": (45.0, 125.0), "RCA": (85.0, 190.0)}
+LEFT_LENGTHS_MM = LENGTHS_MM | {"LCX": (75.0, 200.0), "RCA": (35.0, 120.0)}
+RIGHT_TREE = ("RCA", "PDA", "AM")
 
 Branch = tuple[str, NDArray[np.float64], NDArray[np.float64]]
 
 
-def coronary_curves(survey: Survey, size: float, rng: np.random.Generator) -> list[Branch]:
-    """World centrelines and radii (mm) of both trees: (name, points, radii), a parent before its branches."""
+def coronary_curves(
+    survey: Survey, size: float, rng: np.random.Generator, *, left_dominant: bool = False
+) -> list[Branch]:
+    """World centrelines and radii (mm) of both trees: (name, points, radii), a parent before its branches.
+
+    The posterior descending artery (PDA) comes from the right artery, or, `left_dominant`, from the circumflex one,
+    which then goes all the way round to it while the right artery ends early.
+    """
     s, off, hug = survey.frame.scale, survey.offset, survey.outside.hug
     lad = _steady(survey.groove(survey.front, np.arange(-20.0, 43.0, 4.0), 0.1), 15 * s)
     left = hug(np.concatenate([survey.leave_aorta([20, 2, 36], lad[0]), lad]), off, fixed=2)
     arc = np.r_[0, np.cumsum(np.linalg.norm(np.diff(left, axis=0), axis=1))]
     split = min(int(np.searchsorted(arc, np.clip(rng.normal(10.5, 2.0), 7, 14) * s + 1.0)), len(left) - 1)
-    phi = np.interp(-24, survey.t, survey.front) + np.linspace(0.6, rng.uniform(2.3, 2.9), 7)
-    ring = np.array([survey.on_lv(t, p) for t, p in zip(np.linspace(-27, -30, 7), phi, strict=True)])
+    last = rng.uniform(2.3, 2.9)
+    if left_dominant:
+        last = (
+            float(np.interp(-20, survey.t, survey.below) - np.interp(-24, survey.t, survey.front)) % (2 * np.pi) - 0.3
+        )
+    phi = np.interp(-24, survey.t, survey.front) + np.linspace(0.6, last, 11 if left_dominant else 7)
+    ring = np.array([survey.on_lv(t, p) for t, p in zip(np.linspace(-27, -30, len(phi)), phi, strict=True)])
     lcx = np.concatenate([left[split - 1 : split + 1], survey.outside.route(left[split], ring[0], off), ring])
-    rca = np.array([survey.on_ring(p) for p in np.linspace(-0.9, 2.5, 12)])
+    rca = np.array([survey.on_ring(p) for p in np.linspace(-0.9, 1.1 if left_dominant else 2.5, 12)])
     rca = np.concatenate([survey.leave_aorta([46, 32, 36], rca[0]), rca])
     curves = {"LAD": left, "LCX": hug(lcx, off, fixed=2), "RCA": hug(rca, off, fixed=2)}
     for name, curve in curves.items():
-        low, high = LENGTHS_MM[name]
+        low, high = (LEFT_LENGTHS_MM if left_dominant else LENGTHS_MM)[name]
         if not low <= (length := curve_length(curve) / s) <= high:
             raise TopologyError(f"{name} is {length:.0f} mm long, possible are {low:.0f}-{high:.0f}")
     r_lm, r_lad = size * rng.normal(2.25, 0.15), size * rng.normal(1.85, 0.12)
@@ -39,13 +54,17 @@ def coronary_curves(survey: Survey, size: float, rng: np.random.Generator) -> li
     radii: dict[str, NDArray] = {name: np.full(len(curve), r_lcx) for name, curve in curves.items()}
     radii["LAD"] = np.where(np.arange(len(left)) <= split, r_lm, r_lad)
     radii["RCA"][:] = size * rng.normal(1.95, 0.15)
-    return _attach(curves, radii, _side_branches(survey, phi, rng), survey, size, rng)
+    return _attach(
+        curves, radii, _side_branches(survey, phi, rng, "LCX" if left_dominant else "RCA"), survey, size, rng
+    )
 
 
-def _side_branches(survey: Survey, ring_phi: NDArray, rng: np.random.Generator) -> list[tuple[str, str, NDArray]]:
+def _side_branches(
+    survey: Survey, ring_phi: NDArray, rng: np.random.Generator, dominant: str
+) -> list[tuple[str, str, NDArray]]:
     """Waypoints of the side branches: (name, parent, points)."""
     below = np.arange(-20.0, rng.uniform(14, 30), 4.0)
-    side = [("PDA", "RCA", survey.groove(survey.below, below, -0.1))]
+    side = [("PDA", dominant, survey.groove(survey.below, below, -0.1))]
     for n, t in enumerate((-10.0, 4.0)):
         phi = float(np.interp(t, survey.t, survey.front))
         points = [survey.on_lv(t + 3 + 4 * i, phi + 0.25 + 0.17 * i) for i in range(1, 7)]
@@ -99,13 +118,17 @@ def _rasterise_tube(frame: Frame, points: NDArray, radii: NDArray) -> tuple[NDAr
 
 
 def draw_coronaries(
-    frame: Frame, curves: list, aorta: NDArray[np.bool_], heart: NDArray[np.bool_]
+    frame: Frame,
+    curves: list,
+    aorta: NDArray[np.bool_],
+    heart: NDArray[np.bool_],
+    right_tree: Sequence[str] = RIGHT_TREE,
 ) -> tuple[NDArray[np.bool_], Array, list[str]]:
     """Draws branch by branch and keeps a side branch only while its tree stays a tree (one component, no loop)."""
     trees: dict[str, NDArray] = {"left": np.zeros(frame.shape, bool), "right": np.zeros(frame.shape, bool)}
     distance, kept = np.full(frame.shape, FAR, np.float32), []
     for name, points, radii in curves:
-        own, other = ("right", "left") if name in ("RCA", "PDA", "AM") else ("left", "right")
+        own, other = ("right", "left") if name in right_tree else ("left", "right")
         forbidden = ndimage.binary_dilation(trees[other], np.ones((3, 3, 3)), iterations=2)
         for _ in range(6):
             mask, d = _rasterise_tube(frame, points, radii)

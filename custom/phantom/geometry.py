@@ -8,6 +8,7 @@ by carving (`max(a, gap - b)`), so no voxel belongs to two.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,37 @@ MODEL_CENTRE = np.array([23.0, -13.0, 27.0])
 FAR = 30.0  # mm; ours: beyond all distances that shape a tissue (25 mm, the fat around the heart)
 
 
+@dataclass(frozen=True)
+class Pose:
+    """How a heart lies in the field of view, where it is not left to `Frame`.
+
+    Attributes:
+        scale: world mm of a model mm.
+        angles_rad: rotation of the heart about the axes.
+        origin_voxels: fractional index of the world's origin, where `MODEL_CENTRE` lies.
+    """
+
+    scale: float
+    angles_rad: tuple[float, float, float]
+    origin_voxels: tuple[float, float, float]
+
+
 class Frame:
     """Grid of voxel centres and the smooth map from world to model coordinates."""
 
-    def __init__(self, shape: tuple[int, int, int], spacing_mm: float, rng: np.random.Generator) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], spacing_mm: float, rng: np.random.Generator, pose: Pose | None = None
+    ) -> None:
         self.shape, self.h = shape, spacing_mm
-        self.axes = [((np.arange(n) - (n - 1) / 2) * spacing_mm).astype(np.float32) for n in shape]
-        self.scale = min(1.0, min(shape) * spacing_mm / MODEL_FOV_MM) * rng.uniform(0.95, 1.0)
+        self.origin = (np.array(shape) - 1) / 2 if pose is None else np.array(pose.origin_voxels)
+        self.axes = [
+            ((np.arange(n) - o) * spacing_mm).astype(np.float32) for n, o in zip(shape, self.origin, strict=True)
+        ]
+        drawn = min(1.0, min(shape) * spacing_mm / MODEL_FOV_MM) * rng.uniform(0.95, 1.0)
+        self.scale = drawn if pose is None else pose.scale
         self.stretch = rng.normal(1.0, 0.025, 3).clip(0.95, 1.05)
         angles = np.deg2rad(rng.normal(0.0, 3.0, 3).clip(-6, 6))
+        angles = angles if pose is None else np.array(pose.angles_rad)
         self.rotation = Rotation.from_euler("xyz", angles).as_matrix()
         lengths = rng.uniform(60.0, 140.0, 8) * self.scale
         directions = rng.normal(size=(8, 3))
@@ -73,7 +96,7 @@ class Frame:
 
     def to_index(self, world: NDArray) -> NDArray[np.float64]:
         """Fractional voxel index (N, 3) of world points."""
-        return np.asarray(world) / self.h + (np.array(self.shape) - 1) / 2
+        return np.asarray(world) / self.h + self.origin
 
 
 def unit(v: Any) -> NDArray[np.float64]:
@@ -132,8 +155,8 @@ def draw_tube(frame: Frame, points: NDArray, radii: NDArray, *, out: Array | Non
     """Signed distance to a chain of cones (world mm), computed only within `reach` of it; FAR elsewhere."""
     out = np.full(frame.shape, FAR, np.float32) if out is None else out
     links = np.stack([np.arange(len(points) - 1), np.arange(1, len(points))], 1)
-    origin = [(n - 1) / 2 for n in frame.shape]
-    lower_to_cones(out, points, radii, links, spacing_mm=(frame.h,) * 3, origin_voxels=origin, reach_mm=reach)
+    spacing = (frame.h,) * 3
+    lower_to_cones(out, points, radii, links, spacing_mm=spacing, origin_voxels=frame.origin.tolist(), reach_mm=reach)
     return out
 
 

@@ -166,7 +166,7 @@ def _appendage_and_veins(tube: dict[str, Array], d: dict[str, Array], solid: Arr
     room = [(pa, 2.5), (ao, 8.0), (tube["circumflex_room"], 3.5)]
     laa = np.minimum(tube["appendage"] + rough, tube["appendage"] + 2.5)
     laa = carve(laa, *room, (la, 0.0), (solid, 5.5), (d["right_ventricle"], 3.0))
-    veins = np.minimum.reduce([tube[n] for n in ("vein_rs", "vein_ri", "vein_ls", "vein_li")])
+    veins = np.minimum.reduce([distance for name, distance in tube.items() if name.startswith("vein_")])
     gaps = [(pa, 2.2), (ao, 2.2), (la, 0.0), (laa, 2.2), (solid, 2.0), (tube["svc"], 2.0), (d["right_atrium"], 2.0)]
     return {"appendage": laa, "pulmonary_veins": carve(veins, *gaps)}
 

@@ -44,7 +44,7 @@ class Outside:
         path, _ = route_through_array(cost, i - lo, j - lo, fully_connected=True, geometric=True)
         if len(path) > 1.5 * np.abs(i - j).max() + 8:
             raise TopologyError("a coronary artery finds no direct way over the heart")
-        return (np.asarray(path) + lo - (np.array(self.frame.shape) - 1) / 2) * self.frame.h
+        return (np.asarray(path) + lo - self.frame.origin) * self.frame.h
 
     def hug(self, curve: NDArray, offset_mm: float, *, fixed: int = 1) -> NDArray[np.float64]:
         """Smooths a curve and pulls it to `offset_mm` outside; the first `fixed` points stay."""
