@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,20 @@ def workflow_of(bundle: Path) -> Callable[..., ConfigWorkflow]:
         return result
 
     return build
+
+
+def run_module(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, *arguments: str) -> int | str | None:
+    """`python -m NAME ARGUMENTS` in a folder, but in this process: a new one takes seconds to import MONAI.
+
+    Its exit code, or the words with which it ends.
+    """
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(ROOT / name.replace(".", "/") / "__main__.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def template_of(cohort, subject="subject_000"):

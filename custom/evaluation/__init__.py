@@ -9,7 +9,7 @@ from custom.evaluation.handlers import (
     Previews,
     SegmentationPictures,
 )
-from custom.evaluation.labels import DiceMetric, PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation.labels import DiceMetric, LabelMetrics, PresenceMetric, SurfaceMetric, TopologyMetric
 from custom.evaluation.records import read_set
 from custom.evaluation.rendering import RenderingMetric
 from custom.evaluation.sets import measure_set
@@ -17,6 +17,7 @@ from custom.evaluation.traits import case_traits
 
 __all__ = [
     "DiceMetric",
+    "LabelMetrics",
     "LabelTable",
     "MetricColumns",
     "MetricsFile",

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
+import numpy as np
 from custom.geometry.centrelines import centreline_attached, centreline_recovered, cl_dice, skeleton
+from custom.geometry.surfaces import surface_distances
 from custom.geometry.topology import BoolArray, betti_errors
+from numpy.typing import NDArray
 
 VOXELS = (1.0, 1.0, 1.0)
 """Spacing that measures lengths in voxels."""
@@ -21,22 +23,29 @@ class MaskPair:
 
     Args:
         prediction, truth: (H, W, D) bool.
-        touched: (H, W, D) bool, what the prediction should touch.
+        labels: (H, W, D) ids, the label map that the prediction is of; only for `touches`.
+        touches: ids in it that the prediction should touch.
         spacing_mm: voxel size along each axis.
         diagonal_mm: of the volume that both are cut from.
     """
 
     prediction: BoolArray
     truth: BoolArray
-    touched: BoolArray | None = None
+    labels: NDArray | None = None
+    touches: Sequence[int] = ()
     spacing_mm: Sequence[float] = VOXELS
     diagonal_mm: float = math.nan
 
-    @property
-    def channels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction and truth as MONAI's metrics take one class, (1, 1, H, W, D)."""
-        found, wanted = (torch.from_numpy(mask)[None, None] for mask in (self.prediction, self.truth))
-        return found, wanted
+    @cached_property
+    def dice(self) -> float:
+        """Dice; NaN without truth, as MONAI has it."""
+        found, wanted = np.count_nonzero(self.prediction), np.count_nonzero(self.truth)
+        return 2 * np.count_nonzero(self.prediction & self.truth) / (found + wanted) if wanted else math.nan
+
+    @cached_property
+    def surface_distances_mm(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of the surface of the prediction to that of the truth, and the reverse; neither is empty."""
+        return surface_distances(self.prediction, self.truth, self.spacing_mm)
 
     @cached_property
     def betti_errors(self) -> tuple[int, int, int]:
@@ -56,11 +65,12 @@ class MaskPair:
 
 def _attached(pair: MaskPair) -> float:
     """As `centreline_attached`, but 0 of a mask that is missed: NaN would better the mean."""
-    if pair.touched is None:
+    if pair.labels is None or not pair.touches:
         return float("nan")
     if pair.truth.any() and not pair.prediction.any():
         return 0.0
-    return centreline_attached(pair.prediction, pair.touched, pair.spacing_mm, line=pair.predicted_line)
+    touched = np.isin(pair.labels, pair.touches)
+    return centreline_attached(pair.prediction, touched, pair.spacing_mm, line=pair.predicted_line)
 
 
 LINE_MEASURES: dict[str, Callable[[MaskPair], float]] = {

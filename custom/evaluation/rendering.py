@@ -110,8 +110,7 @@ class Rendering:
         if not vessel.any() or not around.any():
             return None
         threshold = (self.truth[vessel].mean() + self.truth[around].mean()) / 2
-        touched = np.isin(self.label, self.touches) if self.touches else None
-        return MaskPair((self.rendered > threshold) & searched, vessel, touched)
+        return MaskPair((self.rendered > threshold) & searched, vessel, self.label, self.touches)
 
 
 def label_mean_error(case: Rendering) -> float:

@@ -38,9 +38,11 @@ def case_traits(
         labels; "vessel_length_mm" of the centre lines and "vessel_contrast_hu" over the tissue around them, NaN where
         nothing can be measured.
     """
-    ids, hu = np.asarray(label).round().astype(np.int64), np.asarray(image, dtype=np.float32)
-    means = label_statistics(torch.from_numpy(hu), torch.from_numpy(ids), len(label_names))[:, 0].tolist()
-    counts = np.bincount(ids.ravel(), minlength=len(label_names))
+    ids, hu = np.asarray(label).round().astype(np.uint16), np.asarray(image, dtype=np.float32)
+    inside = ids > 0
+    own = ids[inside].astype(np.int64)
+    means = label_statistics(torch.from_numpy(hu[inside]), torch.from_numpy(own), len(label_names))[:, 0].tolist()
+    counts = np.bincount(own, minlength=len(label_names))
     present = [k for k in range(1, len(label_names)) if counts[k]]
     vessels = np.isin(ids, thin_labels)
     length = float("nan")

@@ -199,17 +199,16 @@ def line_lengths(line: ArrayLike, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0))
         spacing_mm: voxel size along each axis, mm.
 
     Returns:
-        (H, W, D) mm, 0 off the line; a voxel without neighbours counts as long as the smallest side of a voxel.
+        (N,) mm, of the voxels of the line in the order of `volume[line]`; a voxel without neighbours counts as long as
+        the smallest side of a voxel.
 
     Raises:
         ValueError: if `line` is not 3D.
     """
     on = np.pad(as_mask("line", line), 1)
-    voxels = np.flatnonzero(on)
-    links = on.ravel()[voxels[:, None] + _steps(on.shape)] @ np.linalg.norm(_OFFSETS * np.asarray(spacing_mm), axis=1)
-    lengths = np.zeros(on.shape)
-    lengths.flat[voxels] = np.where(links > 0, links / 2, min(spacing_mm))
-    return lengths[1:-1, 1:-1, 1:-1]
+    around = on.ravel()[np.flatnonzero(on)[:, None] + _steps(on.shape)]
+    links = around @ np.linalg.norm(_OFFSETS * np.asarray(spacing_mm), axis=1)
+    return np.where(links > 0, links / 2, min(spacing_mm))
 
 
 def centreline_recovered(
@@ -235,8 +234,9 @@ def centreline_recovered(
     """
     found, wanted = as_mask("prediction", prediction), as_mask("truth", truth)
     same_shape("prediction", found, "truth", wanted)
-    lengths = line_lengths(skeleton(wanted) if line is None else line, spacing_mm)
-    return float(lengths[found].sum() / lengths.sum()) if wanted.any() else float("nan")
+    voxels = skeleton(wanted) if line is None else line
+    lengths = line_lengths(voxels, spacing_mm)
+    return float(lengths[found[voxels]].sum() / lengths.sum()) if len(lengths) else float("nan")
 
 
 def centreline_attached(
@@ -257,5 +257,6 @@ def centreline_attached(
         ValueError: if an argument is not 3D or the shapes differ.
     """
     attached = attached_part(mask, other)
-    lengths = line_lengths(skeleton(mask) if line is None else line, spacing_mm)
-    return float(lengths[attached].sum() / lengths.sum()) if lengths.any() else float("nan")
+    voxels = skeleton(mask) if line is None else line
+    lengths = line_lengths(voxels, spacing_mm)
+    return float(lengths[attached[voxels]].sum() / lengths.sum()) if len(lengths) else float("nan")

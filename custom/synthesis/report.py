@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from custom.evaluation.records import read_set
 from custom.evaluation.sets import SET_MEASURES
-from custom.evaluation.traits import case_traits
 from custom.runs.files import read_json, replace_file
 from custom.runs.tracking import log_run
-from custom.synthesis.page.assembling import Picture, fitting, render, spread
-from custom.synthesis.page.niivue import NiiVue, find_niivue
-from custom.synthesis.page.pictures import pair_picture
+from custom.synthesis.page.assembling import fitting, render, spread
+from custom.synthesis.page.looking import look
+from custom.synthesis.page.niivue import find_niivue
 from custom.synthesis.page.reasons import in_words
 from custom.synthesis.page.segmenters import segmenter_section
 from custom.synthesis.page.tables import case_rows, distribution_pictures, set_section
 from custom.synthesis.page.viewer import viewer_section
-from custom.synthesis.page.volumes import Case, SetVolumes
+from custom.synthesis.page.volumes import SetVolumes
 from custom.volumes.colours import label_colour
 from custom.volumes.pictures import WINDOW_HU
 
@@ -49,53 +48,15 @@ Record = Mapping[str, Any]
 class _Labels(NamedTuple):
     """Names for each id, background first, and the ids of vessels."""
 
-    names: Sequence[str]
-    vessels: Sequence[int]
-
-
-def _pictures(volumes: SetVolumes, records: Sequence[Record], labels: _Labels) -> dict[str, Picture]:
-    """Each case beside its template, by name."""
-    pictures = {}
-    for record in records:
-        content = pair_picture(volumes.synthetic(record), volumes.template(record), vessel_labels=labels.vessels)
-        caption = f"{record['case']}, score {record['score_hu']:.1f} HU, made after {volumes.template_name(record)}"
-        pictures[record["case"]] = Picture("webp", content, caption)
-    return pictures
-
-
-def _traits(volumes: SetVolumes, kept: Sequence[Record], labels: _Labels) -> dict[str, list[dict[str, Any]]]:
-    """Traits of accepted cases and of their templates, where `measuring` has not compared them with more."""
-
-    def traits(case: Case) -> dict[str, Any]:
-        return case_traits(
-            case.image, case.label, case.spacing_mm, label_names=labels.names, thin_labels=labels.vessels
-        )
-
-    chosen = spread(kept, _TRAITS)
-    used = {volumes.template_name(record): record for record in chosen}
-    return {
-        "synthetic": [traits(volumes.synthetic(record)) for record in chosen],
-        "templates": [traits(volumes.template(used[name])) for name in sorted(used)],
-    }
-
-
-def _viewer(
-    volumes: SetVolumes, records: Sequence[Record], labels: _Labels, niivue: NiiVue, room: int
-) -> dict[str, Any] | None:
-    """The viewer of a few cases; None when it has no room."""
-    cases = []
-    for record in records:
-        texts = {"case": record["case"], "template": volumes.template_name(record)}
-        texts["note"] = "kept apart" if record["rejected"] else f"score {record['score_hu']:.1f} HU"
-        cases.append((texts, volumes.synthetic(record), volumes.template(record)))
-    return viewer_section(cases, niivue, label_names=labels.names, vessel_labels=labels.vessels, room=room)
+    label_names: Sequence[str]
+    vessel_labels: Sequence[int]
 
 
 def _apart(rejected: Sequence[Record], labels: _Labels, gate: Mapping[str, Any]) -> list[tuple[str, list, list]]:
     """Case, what is wrong with it in words, and the limits as the gate names them."""
 
     def words(record: Record) -> list[str]:
-        return [in_words(reason, label_names=labels.names, gate=gate) for reason in record["rejected"]]
+        return [in_words(reason, label_names=labels.label_names, gate=gate) for reason in record["rejected"]]
 
     return [(record["case"], words(record), record["rejected"]) for record in rejected]
 
@@ -106,24 +67,23 @@ def _text(
     provenance: Mapping[str, Any],
     *,
     labels: _Labels,
-    volumes: SetVolumes,
+    measures: Mapping[str, Any],
+    traits: Mapping[str, Sequence[Mapping[str, Any]]],
     evaluations: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """What the page says and plots, but for its pictures of cases and its viewer."""
-    measured = volumes.root / SET_MEASURES
-    measures = read_json(measured, "run `measuring` again") if measured.exists() else {}
-    segmenters = segmenter_section(evaluations, [labels.names[k] for k in labels.vessels]) if evaluations else None
+    vessels = [labels.label_names[k] for k in labels.vessel_labels]
     return {
         "kept": len(kept),
         "rejected": len(rejected),
-        "labels": [(name, label_colour(k)) for k, name in enumerate(labels.names) if k],
+        "labels": [(name, label_colour(k)) for k, name in enumerate(labels.label_names) if k],
         "window": [f"{value:.0f}" for value in WINDOW_HU],
         "cases": case_rows(kept[:_ROWS]),
         "rows": _ROWS,
         "measured": "traits" in measures,
-        "distributions": distribution_pictures(measures.get("traits") or _traits(volumes, kept, labels)),
+        "distributions": distribution_pictures(traits),
         "of_set": set_section(measures) if measures else None,
-        "segmenters": segmenters,
+        "segmenters": segmenter_section(evaluations, vessels) if evaluations else None,
         "reasons": _apart(rejected[:_ROWS], labels, provenance.get("gate") or {}),
         "provenance": json.dumps(provenance, indent=1)[:_PROVENANCE],
     }
@@ -161,19 +121,36 @@ def write_report(
     """
     root, labels, niivue = Path(output_dir), _Labels(label_names, vessel_labels), find_niivue()
     kept, rejected, provenance = read_set(output_dir)
-    volumes = SetVolumes(root, [*kept, *rejected], provenance)
-    text = _text(kept, rejected, provenance, labels=labels, volumes=volumes, evaluations=evaluations)
+    measured = root / SET_MEASURES
+    measures = read_json(measured, "run `measuring` again") if measured.exists() else {}
+    compared = [] if measures.get("traits") else spread(kept, _TRAITS)
+    pictured, pictured_apart = spread(kept, max_cases), rejected[:max_cases]
+    viewed = [] if niivue.missing else spread(kept or rejected, _VIEWED)
+    seen = look(
+        SetVolumes(root, [*kept, *rejected], provenance),
+        compared=compared,
+        pictured=[*pictured, *pictured_apart],
+        viewed=viewed,
+        **labels._asdict(),
+    )
+    own = {
+        "synthetic": [seen.traits[record["case"]] for record in compared],
+        "templates": [seen.templates[name] for name in sorted(seen.templates)],
+    }
+    traits = measures.get("traits") or own
+    text = _text(kept, rejected, provenance, labels=labels, measures=measures, traits=traits, evaluations=evaluations)
     text["licence"] = niivue.licence
     room = max_bytes - len(render(**text, **_WITHOUT_CASES).encode())
 
-    shown = fitting(list(_pictures(volumes, spread(kept, max_cases), labels).values()), round(_FOR_CASES * room))
-    apart = _pictures(volumes, rejected[:max_cases], labels)
+    shown = fitting([seen.pictures[record["case"]] for record in pictured], round(_FOR_CASES * room))
+    apart = {record["case"]: seen.pictures[record["case"]] for record in pictured_apart}
     of_segmenters = text["segmenters"]["pictures"] if text["segmenters"] else []
     others = fitting([*apart.values(), *of_segmenters], round(_FOR_OTHERS * room))
     room -= sum(picture.size for picture in [*shown, *others])
     viewer, why = None, niivue.missing
     if not why:
-        viewer = _viewer(volumes, spread(kept or rejected, _VIEWED), labels, niivue, room)
+        cases = [seen.viewed[record["case"]] for record in viewed]
+        viewer = viewer_section(cases, niivue, **labels._asdict(), room=room)
         why = "" if viewer else f"even one case is too large for a page of {max_bytes / 1e6:.1f} MB"
     page = render(
         **text,

@@ -54,8 +54,12 @@ def noise_sd(image_hu: np.ndarray, label: np.ndarray) -> float:
     Args:
         image_hu, label: (H, W, D).
     """
-    inside = space_to_depth(_even(label > 0))[0].all(0)
-    return _robust_sd(_diagonal_bands(image_hu)[:, inside])
+    labelled = label > 0
+    if not labelled.any():
+        return 0.0
+    h, w, d = (slice(side.start - side.start % 2, side.stop) for side in bounding_box(labelled))  # whole blocks
+    inside = space_to_depth(_even(labelled[h, w, d]))[0].all(0)
+    return _robust_sd(_diagonal_bands(image_hu[h, w, d])[:, inside])
 
 
 def _even(values: NDArray) -> torch.Tensor:

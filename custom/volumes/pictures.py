@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from custom.geometry.topology import bounding_box, grown_box
 from custom.runs.files import replace_file
 from custom.volumes.colours import label_colour
 from custom.volumes.reading import LoadVolumesd
@@ -17,6 +18,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, Orientation
 from scipy import ndimage
 
 WINDOW_HU = (-250.0, 650.0)  # ours: fat (-100 HU) and blood with contrast (500 HU) stand apart from black and white
+_AROUND_VESSELS = 3  # voxels, ours: what a front view of vessels shows beside them
 
 
 def read_one(path: str | os.PathLike) -> MetaTensor:
@@ -53,23 +55,30 @@ def planes(volume: np.ndarray, centre: Sequence[int]) -> list[np.ndarray]:
 
 def heart_centre(label: np.ndarray) -> tuple[int, int, int]:
     """Voxel at the centre of mass of all labels; the centre of the volume when there is none."""
-    if not (label > 0).any():
+    flat = (label > 0).sum(2)
+    along = flat.sum(1), flat.sum(0), (label > 0).sum((0, 1))
+    if not flat.any():
         return tuple(n // 2 for n in label.shape)  # type: ignore[return-value]
-    return tuple(int(round(c)) for c in ndimage.center_of_mass(label > 0))  # type: ignore[return-value]
+    # `ndimage.center_of_mass` makes three arrays of float64 of the volume for this.
+    return tuple(round(float(np.arange(len(n)) @ n / n.sum())) for n in along)  # type: ignore[return-value]
 
 
 def vessel_projection(image: np.ndarray, label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
     """Coronal maximum intensity projection (mm of depth all alike) of what lies within 3 voxels of the vessels."""
-    near = ndimage.binary_dilation(np.isin(label, vessel_labels), iterations=3)
-    near &= np.isin(label, [0, *vessel_labels])
-    return np.flip(np.rot90(np.where(near, image, WINDOW_HU[0]).max(1)), 1)
+    vessel, front = np.isin(label, vessel_labels), np.full(label.shape[::2], WINDOW_HU[0], dtype=np.float32)
+    if vessel.any():
+        h, w, d = grown_box(bounding_box(vessel), [_AROUND_VESSELS] * 3)
+        near = ndimage.binary_dilation(vessel[h, w, d], iterations=_AROUND_VESSELS)
+        near &= np.isin(label[h, w, d], [0, *vessel_labels])
+        front[h, d] = np.where(near, image[h, w, d], WINDOW_HU[0]).max(1).clip(WINDOW_HU[0])
+    return np.flip(np.rot90(front), 1)
 
 
 def vessel_depth(label: np.ndarray, vessel_labels: Sequence[int]) -> np.ndarray:
     """Front view (D, H, 3) of vessels before the silhouette of all labels, brighter where they lie nearer."""
     body, vessel = label > 0, np.isin(label, vessel_labels)
-    depth = np.linspace(0.35, 1.0, label.shape[1])[None, :, None]
-    front = np.flip(np.rot90((vessel * depth).max(1)), 1)
+    depth = np.linspace(1.0, 0.35, label.shape[1])[vessel[:, ::-1].argmax(1)]  # of the nearest, the last along the axis
+    front = np.flip(np.rot90(np.where(vessel.any(1), depth, 0)), 1)
     silhouette = np.flip(np.rot90(body.mean(1)), 1)
     grey = 0.5 * silhouette / max(float(silhouette.max()), 1e-6)
     return np.clip(grey[..., None] * np.array([0.6, 0.6, 0.7]) + front[..., None] * np.array([1.0, 0.35, 0.25]), 0, 1)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from custom.evaluation.labels import DiceMetric, PresenceMetric, SurfaceMetric, TopologyMetric
+from custom.evaluation import labels
+from custom.evaluation.labels import DiceMetric, LabelMetrics, PresenceMetric, SurfaceMetric, TopologyMetric
 from custom.evaluation.mask_pairs import MASK_MEASURES
 from custom.geometry import centrelines, topology
 from monai.data import MetaTensor
@@ -241,6 +242,47 @@ def test_labels_that_one_map_lacks_are_counted_over_cases_and_labels():
     assert metric.aggregate() == {"missed": 1.0, "invented": 1.0}
     with pytest.raises(ValueError, match="y: must be label maps"):
         metric(prediction, truth[..., :2])
+
+
+def test_metrics_together_are_those_of_each_alone(count_calls):
+    prediction, truth = random_maps(torch.Generator().manual_seed(1))
+    boxes = count_calls(labels.ndimage, "find_objects")
+
+    def metrics():
+        topology = TopologyMetric(list(MASK_MEASURES), labels=[1, 2], thin_labels=[2], touches=[1])
+        return [DiceMetric(6), SurfaceMetric(6, tolerance_mm=1.0), PresenceMetric(6), topology]
+
+    together = LabelMetrics(metrics())
+    together(prediction, truth)
+    assert [array.dtype for (array,) in boxes].count(np.uint8) == 2, "once a map; components of a label are int32"
+    details, means = {}, {}
+    for metric in metrics():
+        metric(prediction, truth)
+        rows = [together.labels.index(k) for k in metric.labels]
+        for column, values in metric.details().items():
+            details[column] = torch.full((1, 5), math.nan)
+            details[column][:, rows] = values
+        means |= metric.aggregate()
+    assert list(together.details()) == list(details)
+    torch.testing.assert_close(together.details(), details, rtol=0, atol=0, equal_nan=True)
+    assert together.aggregate() == pytest.approx(means, rel=0, abs=0, nan_ok=True)
+
+
+def test_metrics_together_need_columns_of_their_own_and_what_each_needs():
+    with pytest.raises(ValueError, match=r"metrics: each must have columns of its own, got \['dice', 'dice'\]"):
+        LabelMetrics([DiceMetric(3), DiceMetric(3)])
+    volume = torch.ones(1, 1, 4, 4, 4)
+    with pytest.raises(ValueError, match="y: must be a label map with an affine"):
+        LabelMetrics([DiceMetric(3), SurfaceMetric(3, tolerance_mm=1.0)])(volume, volume)
+
+
+def test_the_order_of_axes_in_memory_changes_nothing():
+    prediction, truth = random_maps(torch.Generator().manual_seed(2))
+    turned = MetaTensor(truth.transpose(2, 4).contiguous().transpose(2, 4), affine=truth.affine)
+    metrics = [LabelMetrics([DiceMetric(6), SurfaceMetric(6, tolerance_mm=1.0)]) for _ in range(2)]
+    metrics[0](prediction, truth)
+    metrics[1](prediction, turned)
+    torch.testing.assert_close(metrics[0].details(), metrics[1].details(), rtol=0, atol=0, equal_nan=True)
 
 
 def random_maps(generator):

@@ -7,10 +7,13 @@ from custom.geometry.topology import (
     betti_numbers,
     components_touching,
     contact_areas,
+    euler_characteristic,
     fill_cavities,
     largest_components,
 )
+from scipy import ndimage
 from shapes import GRID, KNOWN, ball, hollow_tube, shell, torus, voxels
+from skimage.measure import euler_number
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -18,6 +21,28 @@ def test_betti_numbers_of_known_shapes(name):
     mask, expected = KNOWN[name]
     assert betti_numbers(mask) == expected
     assert betti_numbers(mask.astype(np.uint8) * 7) == expected
+
+
+def scattered(seed):
+    """A mask of small size, few or most of its voxels set."""
+    rng = np.random.default_rng(seed)
+    return rng.random(rng.integers(1, 12, 3)) < rng.choice([0.02, 0.1, 0.3, 0.6, 0.9, 0.97])
+
+
+def test_numbers_of_scattered_voxels_are_those_of_the_whole_mask_and_its_background():
+    """Cavities are looked for in the box of each component; scikit-image counts the Euler characteristic otherwise."""
+    for mask in map(scattered, range(150)):
+        padded = np.pad(mask, 1)
+        components, background = ndimage.label(padded, np.ones((3, 3, 3)))[1], ndimage.label(~padded)[1]
+        chi = euler_number(padded, connectivity=3)
+        assert euler_characteristic(mask) == chi
+        expected = (components, components + background - 1 - chi, background - 1) if mask.any() else (0, 0, 0)
+        assert betti_numbers(mask) == betti_numbers(np.asfortranarray(mask)) == expected
+
+
+def test_a_ball_in_the_cavity_of_a_shell_leaves_one_cavity():
+    mask = shell() | ball(2)
+    assert betti_numbers(mask) == (2, 0, 1)
 
 
 @pytest.mark.parametrize(("a", "b", "errors"), [("ball", "torus", (0, 1, 0)), ("two balls", "shell", (1, 0, 1))])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from custom.study.bundles import find_bundles
 from custom.study.cases import cases_in, listed_cases, write_datalist
 from custom.study.checking import check_case, check_cases, compare_cases
-from helpers import ROOT
+from helpers import ROOT, run_module
 from scipy import ndimage
 
 SIZE, MM = 44, 2.0
@@ -222,16 +221,11 @@ def test_folders_and_lists_without_cases_are_refused(tmp_path):
         find_bundles(str(tmp_path))
 
 
-def test_the_command_exits_with_1_where_a_case_is_refused_and_0_else(tmp_path):
+def test_the_command_exits_with_1_where_a_case_is_refused_and_0_else(tmp_path, monkeypatch, caplog):
     write_case(tmp_path, "a")
-
-    def check():
-        command = [sys.executable, "-m", "custom.study", "check", str(tmp_path)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    good = check()
-    assert good.returncode == 0, good.stderr
+    caplog.set_level("INFO")
+    check = partial(run_module, monkeypatch, ROOT, "custom.study", "check", str(tmp_path))
+    assert not check()
     write_case(tmp_path, "b", ids=np.zeros((SIZE,) * 3, np.uint8))
-    bad = check()
-    assert bad.returncode == 1
-    assert "1 of 2 cases will be refused" in bad.stderr
+    assert check() == 1
+    assert "1 of 2 cases will be refused" in caplog.text

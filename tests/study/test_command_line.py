@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from custom.study import __main__ as command_line
-from helpers import ROOT
+from helpers import ROOT, run_module
 
 GUIDES = [ROOT / "README.md", ROOT / "docs/FIVE_CASES.md"]
 PRINTED = [found for guide in GUIDES for found in re.findall(r"python -m custom\.study ([^\n`]+)", guide.read_text())]
@@ -35,11 +33,10 @@ def test_a_printed_command_fits_its_function(line):
     signature.bind(*positional, **dict.fromkeys(flags))
 
 
-def test_a_misspelt_option_of_the_phantom_is_refused_before_anything_is_written(tmp_path):
-    command = [sys.executable, "-m", "custom.phantom", "make", "--output_dir", str(tmp_path / "out"), "--subject", "3"]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode
-    assert "ERROR: --subject: there is no such option of make; did you mean --subjects?" in done.stderr
+def test_a_misspelt_option_of_the_phantom_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    arguments = ["make", "--output_dir", str(tmp_path / "out"), "--subject", "3"]
+    said = run_module(monkeypatch, tmp_path, "custom.phantom", *arguments)
+    assert "ERROR: --subject: there is no such option of make; did you mean --subjects?" in said
     assert not [*tmp_path.iterdir()]
 
 
@@ -54,9 +51,6 @@ def test_a_misspelt_option_of_the_phantom_is_refused_before_anything_is_written(
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, arguments, said):
-    command = [sys.executable, "-m", "custom.study", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode
-    assert said in done.stderr
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, said):
+    assert said in run_module(monkeypatch, tmp_path, "custom.study", *arguments)
     assert not [*tmp_path.iterdir()]

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from custom.runs.command_line import check_command_line
+from custom.runs.locks import lock_folder
 from custom.study.bundles import find_bundles, typed
 from custom.study.planning import plan
 from custom.study.running import StageError, _Clock, run_stages, say_plan, unfinished
 from custom.study.stages import Settings, Stage, Study, trained
-from helpers import ROOT
+from helpers import other_process
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 
@@ -102,37 +103,28 @@ def test_a_stage_that_writes_nothing_is_no_success(tmp_path, datalist):
 
 
 def test_a_second_study_in_the_folder_is_refused(tmp_path, datalist):
-    script = (
-        "from custom.runs.locks import lock_folder; import sys, time; lock_folder(sys.argv[1]); "
-        "print(1, flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    try:
-        other.stdout.readline()
-        with pytest.raises(RuntimeError, match="is at work on part 0 of this run; wait until it has ended"):
-            run_stages([stage(tmp_path, "a")], tmp_path, datalist)
-    finally:
-        other.kill()
-        other.wait()
+    at_work = pytest.raises(RuntimeError, match="is at work on part 0 of this run; wait until it has ended")
+    with other_process(lambda: lock_folder(str(tmp_path))), at_work:
+        run_stages([stage(tmp_path, "a")], tmp_path, datalist)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a stage with its study on Linux alone")
 def test_a_killed_study_takes_its_stage_with_it_and_goes_on(tmp_path, datalist):
     slow = "import sys, time, os; open(sys.argv[1] + '.pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    script = (
-        "import sys; from pathlib import Path; from custom.study.running import run_stages; "
-        "from custom.study.stages import Stage; root = Path(sys.argv[1]); "
-        "stage = Stage('a', 'a', ['-c', sys.argv[2], str(root / 'a')], root / 'a', 1.0); "
-        "run_stages([stage], root, root / 'datalist.json')"
-    )
-    study = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), slow], cwd=ROOT)
+    study = os.fork()  # not started: it need not import what this process has
+    if study == 0:
+        try:
+            arguments = ["-c", slow, str(tmp_path / "a")]
+            run_stages([Stage("a", "a", arguments, tmp_path / "a", 1.0)], tmp_path, tmp_path / "datalist.json")
+        finally:
+            os._exit(1)
     pid = tmp_path / "a.pid"
     for _ in range(600):
         if pid.exists() and pid.read_text():
             break
         time.sleep(0.1)
-    study.send_signal(signal.SIGKILL)
-    study.wait()
+    os.kill(study, signal.SIGKILL)
+    os.waitpid(study, 0)
     for _ in range(100):
         if not Path(f"/proc/{pid.read_text()}").exists() or _is_zombie(pid.read_text()):
             break

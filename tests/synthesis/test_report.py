@@ -27,6 +27,14 @@ def page_of(folder, **changes):
     return open(report(folder, **changes), encoding="utf-8").read()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The page of two cases that were accepted and one that was not."""
+    folder = tmp_path_factory.mktemp("set")
+    make_set(folder)
+    return page_of(folder)
+
+
 def volumes_of(text):
     return json.loads(re.search(r'(?s)id="volumes">(.*?)</script>', text).group(1))
 
@@ -36,10 +44,8 @@ def without_data(text):
     return re.sub(r"base64,[^\"]+|(?s:<script type=\"(application/\w+|module)\".*?</script>)", "", text)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
-    make_set(tmp_path)
-    text = page_of(tmp_path)
-    page = Page(text)
+def test_the_page_is_whole_and_needs_nothing_else(whole):
+    text, page = whole, Page(whole)
     assert page.open == []
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert "default-src 'none'" in text
@@ -50,9 +56,8 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
     assert page.tags.count("script") == 3  # library, volumes, viewer: what stands in provenance and names is text
 
 
-def test_pictures_come_first_and_tables_last(tmp_path):
-    make_set(tmp_path)
-    text = page_of(tmp_path, max_cases=1)
+def test_pictures_come_first_and_tables_last(whole):
+    text = whole
     assert Page(text).headings[:5] == ["pictures", "viewer-title", "distributions", "apart", "details"]
     assert text.index("data:image/webp") < text.index("<canvas") < text.index("data:image/png") < text.index("<table")
 
@@ -66,9 +71,8 @@ def test_a_name_with_markup_is_text_everywhere(tmp_path):
     assert volumes_of(text)["cases"][0]["case"] == "<script>alert(1)<!--&_1"
 
 
-def test_everything_that_was_recorded_is_shown(tmp_path):
-    make_set(tmp_path)
-    text = page_of(tmp_path)
+def test_everything_that_was_recorded_is_shown(whole):
+    text = whole
     assert "2 cases accepted, 1 kept apart" in text
     assert "not for clinical use" in text
     for shown in ("case_0", "case_1", "case_2", *REASONS, "12.50", "0.91", "&#34;seed&#34;: 7"):
@@ -201,9 +205,8 @@ def test_a_page_keeps_its_size_by_coarser_volumes_fewer_cases_and_fewer_pictures
     assert Page(text).open == []
 
 
-def test_volumes_of_the_viewer_lie_heart_on_heart_in_hu(tmp_path):
-    make_set(tmp_path)
-    data = volumes_of(page_of(tmp_path, max_cases=1))
+def test_volumes_of_the_viewer_lie_heart_on_heart_in_hu(whole):
+    data = volumes_of(whole)
     assert [label["name"] for label in data["labels"]] == NAMES
     template = data["templates"][data["cases"][0]["template"]]
     for parts, names in ((data["cases"][0]["synthetic"], ["image", "label", "doubt"]), (template, ["image", "label"])):

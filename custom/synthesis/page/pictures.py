@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from custom.synthesis.page.volumes import Case, cropped
+from custom.synthesis.page.volumes import MARGIN_MM, Case, cropped
 from custom.volumes.colours import label_colour
 from custom.volumes.pictures import WINDOW_HU, heart_centre, planes, vessel_projection
 from matplotlib.axes import Axes
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 __all__ = ["pair_picture"]
 
-_MARGIN_MM = 20.0  # ours: lung and chest wall beside the heart, by which one sees where it lies
 _BAR_MM = 50.0
 _PLANES = (("axial", "R", "L"), ("coronal", "R", "L"), ("sagittal", "A", "P"))
 _AXES_OF_PLANES = ((0, 1), (0, 2), (1, 2))  # across and down
@@ -111,7 +110,7 @@ def pair_picture(case: Case, template: Case, *, vessel_labels: Sequence[int]) ->
         template: what it was made after.
         vessel_labels: ids that are drawn last and projected.
     """
-    case, template = cropped(case, _MARGIN_MM), cropped(template, _MARGIN_MM)
+    case, template = cropped(case, MARGIN_MM), cropped(template, MARGIN_MM)
     figure = Figure(figsize=(13.2, 9.9), facecolor="black")
     edge_to_edge = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.02, "hspace": 0.02}
     axes = figure.subplots(3, 4, gridspec_kw=edge_to_edge)

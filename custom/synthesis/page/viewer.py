@@ -17,7 +17,7 @@ from custom.volumes.pictures import heart_centre
 from jinja2.utils import htmlsafe_json_dumps
 from numpy.typing import NDArray
 
-__all__ = ["viewer_data", "viewer_section"]
+__all__ = ["for_viewer", "viewer_data", "viewer_section"]
 
 _MARGIN_MM = 15.0  # ours: of what lies around the heart
 _STEP_HU = 5.0  # ours: a screen shows the widest window in steps of 6 HU, and noise hides finer ones
@@ -25,9 +25,8 @@ _LIMITS_HU = (-1024, 3071)
 _LADDER = ((3, 1.0), (3, 1.25), (3, 1.5), (2, 1.25), (2, 1.5), (3, 2.0), (2, 2.0), (1, 1.5), (1, 2.0), (1, 3.0))
 """Cases and spacing in mm, tried one after the other until the page is small enough. Ours."""
 
-
 Shown = tuple[Mapping[str, str], Case, Case]
-"""Texts (`case`, `template`, `note`), a synthetic case and its template."""
+"""Texts (`case`, `template`, `note`), a synthetic case and its template, both of `for_viewer`."""
 
 
 def _encoded(volume: NDArray, spacing_mm: Sequence[float], centre: Sequence[int], kind: type) -> str:
@@ -39,9 +38,14 @@ def _encoded(volume: NDArray, spacing_mm: Sequence[float], centre: Sequence[int]
     return base64.b64encode(gzip.compress(image.to_bytes(), 6, mtime=0)).decode()
 
 
+def for_viewer(case: Case, vessel_labels: Sequence[int]) -> Case:
+    """A case cropped to the heart, at the finest spacing that is tried: coarser ones are made of it, in no time."""
+    return resampled(cropped(case, _MARGIN_MM), min(spacing_mm for _, spacing_mm in _LADDER), vessel_labels)
+
+
 def _volumes(case: Case, spacing_mm: float, vessel_labels: Sequence[int]) -> dict[str, str]:
-    """A case, cropped to the heart and resampled."""
-    small = resampled(cropped(case, _MARGIN_MM), spacing_mm, vessel_labels)
+    """A case of `for_viewer`, resampled."""
+    small = resampled(case, spacing_mm, vessel_labels)
     centre = heart_centre(small.label)
     image = np.clip((small.image / _STEP_HU).round() * _STEP_HU, *_LIMITS_HU)
     encoded = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,10 @@ from custom.volumes.resampling import ToSpacingd, working_spacing
 from monai.data import MetaTensor
 from numpy.typing import NDArray
 
-__all__ = ["Case", "SetVolumes", "cropped", "resampled"]
+__all__ = ["MARGIN_MM", "Case", "SetVolumes", "cropped", "resampled"]
+
+MARGIN_MM = 20.0
+"""Of what is kept around the labels, ours: lung and chest wall beside the heart, by which one sees where it lies."""
 
 Record = Mapping[str, Any]
 
@@ -40,7 +42,7 @@ class Case(NamedTuple):
 
 
 class SetVolumes:
-    """Cases of a set and their templates, read when they are asked for.
+    """Cases of a set and their templates, read when they are asked for and cut to the labels and a margin.
 
     Args:
         root: of the set.
@@ -54,7 +56,6 @@ class SetVolumes:
         self.templates = {_files(record): record["template"] for record in records}
         names = case_names([image for image, _ in self.templates])
         self.names = dict(zip(self.templates, names, strict=True))
-        self._read_template = lru_cache(maxsize=2)(self._template)
 
     def synthetic(self, record: Record) -> Case:
         """The case itself.
@@ -62,36 +63,52 @@ class SetVolumes:
         Raises:
             FileNotFoundError, ValueError: naming a file that is not one volume.
         """
-        files = (self.root / record["paths"][key] for key in ("image", "label", "confidence"))
-        image, label, confidence = (turned(read_one(file)) for file in files)
-        return Case(image[0].numpy(), label[0].numpy(), confidence[0].numpy(), spacing_of(image))
+        image, label, confidence = (self.root / record["paths"][key] for key in ("image", "label", "confidence"))
+        return _case(turned(read_one(label)), image, confidence)
 
     def template(self, record: Record) -> Case:
         """What a case was made after, its label map in the ids of the model; errors as of `synthetic`."""
-        return self._read_template(_files(record))
+        files = _files(record)
+        return _case(turned(read_labels(self.templates[files], self.mapping)), Path(files[0]), None)
 
     def template_name(self, record: Record) -> str:
         """Name of that."""
         return self.names[_files(record)]
-
-    def _template(self, files: tuple[str, str]) -> Case:
-        image = turned(read_one(files[0]))
-        label = turned(read_labels(self.templates[files], self.mapping))
-        return Case(image[0].numpy(), label[0].numpy(), None, spacing_of(image))
 
 
 def _files(record: Record) -> tuple[str, str]:
     return record["template"]["image"], record["template"]["label"]
 
 
+def _case(label: MetaTensor, image: Path, confidence: Path | None) -> Case:
+    """A case of a label map in RAS and the files beside it, read one after the other."""
+    values = label[0].numpy()
+    ids = np.ascontiguousarray(values.astype(np.min_scalar_type(int(values.max()))))
+    # Blocks of 2 x 2 x 2 voxels, in which noise is measured, stay those of the whole volume.
+    sides = _around(ids, label.pixdim.tolist(), MARGIN_MM)
+    box = tuple(slice(side.start - side.start % 2, side.stop) for side in sides)
+    hu = turned(read_one(image))
+    spacing_mm = spacing_of(hu)
+    hu_values = np.ascontiguousarray(hu[0].numpy()[box])
+    del hu
+    trust = None if confidence is None else np.ascontiguousarray(turned(read_one(confidence))[0].numpy()[box])
+    return Case(hu_values, np.ascontiguousarray(ids[box]), trust, spacing_mm)
+
+
+def _around(label: NDArray, spacing_mm: Sequence[float], margin_mm: float) -> tuple[slice, slice, slice]:
+    """Box around all labels; of the whole volume when it has none."""
+    held = label > 0
+    if not held.any():
+        h, w, d = (slice(0, n) for n in label.shape)
+        return h, w, d
+    return grown_box(bounding_box(held), [round(margin_mm / edge) for edge in spacing_mm])
+
+
 def cropped(case: Case, margin_mm: float) -> Case:
     """A case cut to a box around all its labels; the whole case when it has none."""
-    if not (case.label > 0).any():
-        return case
-    margins = [round(margin_mm / edge) for edge in case.spacing_mm]
-    h, w, d = grown_box(bounding_box(case.label > 0), margins)
-    confidence = None if case.confidence is None else case.confidence[h, w, d]
-    return Case(case.image[h, w, d], case.label[h, w, d], confidence, case.spacing_mm)
+    box = _around(case.label, case.spacing_mm, margin_mm)
+    confidence = None if case.confidence is None else case.confidence[box]
+    return Case(case.image[box], case.label[box], confidence, case.spacing_mm)
 
 
 def resampled(case: Case, spacing_mm: float, vessel_labels: Sequence[int]) -> Case:
