@@ -14,4 +14,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY=passive
 bash ci/setup.sh
 bash ci/check_format.sh
-exec .venv/bin/python -m pytest "${selection[@]}"
+# Two processes, each with whole files, whose fixtures are made once.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "${selection[@]}"
