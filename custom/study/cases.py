@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 from custom.runs.files import write_json
 from custom.volumes.cases import NoCaseError, load_cases
 from custom.volumes.names import case_name
@@ -59,6 +61,18 @@ def _counts(file: Path) -> bool:
 def _name(file: Path) -> str:
     """Of a case; a file of another format keeps its case, whose check says what is wrong."""
     return case_name(file.name) if file.name.lower().endswith((".nii", ".nii.gz")) else file.stem
+
+
+def label_sizes(cases: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Voxels of every label map, and the volume of one in mm^3; what cannot be read is left to its stage to refuse."""
+    sizes = []
+    for case in cases:
+        try:
+            image: Any = nib.load(case.get("label", ""))
+        except (OSError, nib.filebasedimages.ImageFileError):
+            continue
+        sizes.append((float(np.prod(image.shape[:3])), float(np.prod(image.header.get_zooms()[:3]))))
+    return sizes
 
 
 def is_folder(datalist: str) -> bool:

@@ -8,22 +8,24 @@ from typing import Any
 
 from custom.study.stages import ARMS, Stage, Study, trained
 
-SECONDS = {
-    "mask": 12.0,
-    "rendering": 40.0,
-    "painting": 20.0,
-    "measuring": 20.0,
-    "step": 0.9,
-    "validation": 8.0,
-    "evaluation": 30.0,
-    "generator step": 1.1,
-    "phantom": 8.0,
-    "start": 20.0,
+SECONDS = {"measuring": 20.0, "step": 0.9, "validation": 8.0, "generator step": 1.1, "phantom": 8.0, "start": 20.0}
+"""Of a case, or a training step, on two cores: a first guess, which gives way to what a run measures."""
+CASE_SECONDS = {
+    "mask": (0.0, 0.0, 5.0),
+    "rendering": (25.0, 0.5, 9.0),
+    "painting": (10.0, 0.75, 0.0),
+    "evaluation": (10.0, 0.7, 0.0),
 }
-"""Of a case, or a training step, on two cores, at 0.8 mm: a first guess, which gives way to what a run measures."""
+"""Of a case: always, for a million voxels of its file, and for a million of its field of view at the spacing of new
+label maps. By what cases of 512 x 512 x 275 take (docs/FINDINGS.md), and rendering at 1.5 mm."""
 SYNTHESIS = ("inference.json", "synthesize.json")
 _SAMPLES, _BATCH, _VAL_INTERVAL = 32, 2, 5  # of the segmenter's train.json
 _PHANTOMS = 40
+
+
+def _case_seconds(study: Study, what: str) -> float:
+    once, of_file, of_field = CASE_SECONDS[what]
+    return once + of_file * study.megavoxels + of_field * study.field_ml / study.settings.spacing_mm**3 / 1000
 
 
 def _counted(pattern: str, root: Path, total: int) -> Callable[[Path], float | None]:
@@ -51,7 +53,8 @@ def _masks(study: Study) -> list[Stage]:
             (study.bundles.generator, "generating", ["generate_masks.json"]),
             options,
             product="masks/datalist.json",
-            seconds=SECONDS["start"] + SECONDS["mask"] * (settings.count + references) / max(1, settings.workers),
+            seconds=SECONDS["start"]
+            + _case_seconds(study, "mask") * (settings.count + references) / max(1, settings.workers),
             share=_counted("records/*.json", study.root / "masks", settings.count),
         )
     ]
@@ -113,11 +116,11 @@ def _images(study: Study) -> list[Stage]:
         (generator, "calibrating", [*SYNTHESIS, "calibrate.json"]),
         templates,
         product="confidence.json",
-        seconds=SECONDS["start"] + SECONDS["rendering"] * sizes["training"] * sizes["validation"],
+        seconds=SECONDS["start"] + _case_seconds(study, "rendering") * sizes["training"] * sizes["validation"],
         needs=tuned,
     )
     calibrated = [scaled] * (not settings.is_painted)
-    each = SECONDS["painting" if settings.is_painted else "rendering"]
+    each = _case_seconds(study, "painting" if settings.is_painted else "rendering")
     made = study.stage(
         "images",
         f"an image and a confidence map of each of the {settings.count} label maps",
@@ -204,7 +207,7 @@ def _comparison(study: Study) -> list[Stage]:
             (study.bundles.segmenter, "evaluating", ["train.json", "evaluate.json"]),
             {"datalists": [str(study.datalist)], **places},
             product=f"{arm}/evaluation/labels.csv",
-            seconds=SECONDS["start"] + SECONDS["evaluation"] * tests,
+            seconds=SECONDS["start"] + _case_seconds(study, "evaluation") * tests,
             needs=[needed],
         )
 

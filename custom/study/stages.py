@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from custom.runs.options import is_number
 from custom.study.bundles import Bundles
+from custom.study.cases import label_sizes
 
 ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal"}
 """Segmenters that are compared: in words, and the folder of each."""
 MODES = ("template", "painted")
 """Ways to make images that a study offers."""
 _EPOCH = re.compile(r"Epoch: (\d+)/(\d+), Iter: (\d+)/(\d+)")
+_USUAL = (256.0**3, 0.56**3)  # voxels, and mm^3 of one, where no file tells
 _SPACINGS_MM = (0.5, 3.0)  # ours: finer masks are more than the generator draws, coarser ones hold no coronaries
 
 
@@ -121,6 +125,21 @@ class Study:
     def sizes(self) -> dict[str, int]:
         """Section -> number of cases."""
         return {section: len(cases) for section, cases in self.cases.items()}
+
+    @cached_property
+    def _volumes(self) -> list[tuple[float, float]]:
+        """Voxels of the label maps that can be read, and the volume of one in mm^3."""
+        return label_sizes([case for cases in self.cases.values() for case in cases]) or [_USUAL]
+
+    @property
+    def megavoxels(self) -> float:
+        """Millions of voxels of a case, on average."""
+        return float(np.mean([voxels for voxels, _ in self._volumes])) / 1e6
+
+    @property
+    def field_ml(self) -> float:
+        """Field of view of a case in ml, on average."""
+        return float(np.mean([voxels * volume for voxels, volume in self._volumes])) / 1000
 
     def inputs(self) -> list[Path]:
         """Files that all results depend on."""

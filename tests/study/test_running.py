@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from custom.runs.command_line import check_command_line
 from custom.runs.locks import lock_folder
@@ -157,6 +159,23 @@ def test_the_share_of_a_training_is_read_from_its_log(tmp_path):
     assert trained(log) == pytest.approx(0.125)
     log.write_text(log.read_text() + "INFO - Epoch: 3/4, Iter: 40/40 -- train_loss: 1.0")
     assert trained(log) == pytest.approx(0.75)
+
+
+def test_larger_cases_and_finer_masks_are_planned_to_take_longer(tmp_path):
+    def planned(voxels, spacing_mm=0.8):
+        label = tmp_path / f"{voxels}.nii.gz"
+        nib.save(nib.Nifti1Image(np.zeros((voxels,) * 3, np.uint8), np.diag([1.0, 1, 1, 1])), label)
+        (tmp_path / "damaged.nii.gz").write_text("no volume")
+        damaged = {"label": str(tmp_path / "damaged.nii.gz")}
+        cases = {"training": [{"label": str(label)}], "validation": [damaged], "test": [{}]}
+        study = Study(find_bundles(), tmp_path / "d.json", tmp_path, Settings(spacing_mm=spacing_mm), cases)
+        assert study.megavoxels == pytest.approx(voxels**3 / 1e6)
+        assert study.field_ml == pytest.approx(voxels**3 / 1e3)
+        return {one.name: one.seconds for one in plan(study)}
+
+    small, large, coarse = planned(40), planned(90), planned(90, 1.5)
+    for name in ("masks", "images"):
+        assert small[name] < coarse[name] < large[name]
 
 
 @pytest.mark.parametrize("finetune", [0, 2])

@@ -21,7 +21,9 @@ WHOLE = gzip.compress(bytes(range(256)) * 8)
 
 
 @pytest.mark.parametrize(
-    "damaged", [b"", b"no gzip" * 90, WHOLE[:-1], WHOLE[: len(WHOLE) // 2], gzip.compress(b"short")]
+    "damaged",
+    [b"", b"no gzip" * 90, WHOLE[:-1], WHOLE[: len(WHOLE) // 2], gzip.compress(b"short")],
+    ids=["empty", "no gzip", "one byte less", "half", "too short"],
 )
 def test_a_result_cut_short_is_named_and_made_again(tmp_path, caplog, damaged):
     path = tmp_path / "a.nii.gz"
