@@ -40,7 +40,7 @@ COMMANDS = {
     "docs/SEGMENTER.md": 6,
     "docs/SYNTHETIC_SET.md": 4,
     "bundles/structdiff_cardiac/docs/README.md": 26,
-    "bundles/structdiff_seg_cal/docs/README.md": 11,
+    "bundles/structdiff_seg_cal/docs/README.md": 12,
 }
 """Document -> how many programs its blocks start, those of `NOT_RUN` left out; a loop counts every time."""
 CHAINS = {
@@ -382,7 +382,7 @@ def test_commands_of_the_card_run_in_the_folder_of_the_bundle(card, tmp_path):
     cases = json.loads((bundle / "data/synthetic.json").read_text())["training"]
     cases = [{k: str(bundle / "data" / v) if isinstance(v, str) else v for k, v in case.items()} for case in cases]
     (bundle / "data/synthetic/datalist.json").write_text(json.dumps({"training": cases}))
-    for folder, target in (("phantoms", "data"), ("synthetic", "data/synthetic")):
+    for folder, target in (("phantoms", "data"), ("clinic", "data"), ("synthetic", "data/synthetic")):
         if f"--output_dir {folder} " not in card.read_text():  # else a command of the card makes it
             (bundle / folder).symlink_to(bundle / target)
     for file in ("mask_1", "mask_2", "ct_label"):
