@@ -41,7 +41,7 @@ class PredictedVarianceInferer(StructDiffInferer):
     @torch.no_grad()
     def variance(self, image: torch.Tensor, inputs: torch.Tensor, network: StructDiffUNet) -> torch.Tensor:
         """Variance (B, 1, H, W, D) in HU^2 of any structure (B, 1, H, W, D) in HU, given a context (B, 4, H, W, D)."""
-        context = torch.as_tensor(inputs).as_subclass(torch.Tensor)
+        context = self._context(inputs, network)
         return self._variance(image, context, self._encode(context, network))
 
     def _variance(self, image: torch.Tensor, context: torch.Tensor, encoded: Encoded) -> torch.Tensor:
@@ -81,14 +81,16 @@ class SkipSamplingInferer(StructDiffInferer):
         Returns:
             (B, 2, H, W, D): structure in HU and skip-sampling variance in HU^2.
         """
+        context = self._context(inputs, network)
+        encoded = self._encode(context, network)
         strength, self.sample_strength = self.sample_strength, 1.0
         try:
             variance = RunningVariance()
             for times in self.schedules:
-                image = self.render(inputs, network, cases, times)
+                image = self._render(context, encoded, network, cases, times)
                 variance.add(image)
         finally:
             self.sample_strength = strength
         if strength < 1:
-            image = self.render(inputs, network, cases, self.schedules[-1])
+            image = self._render(context, encoded, network, cases, self.schedules[-1])
         return torch.cat([image, variance.value()], 1)

@@ -125,7 +125,7 @@ def paint_prior(target_label: torch.Tensor, means: torch.Tensor, background_hu: 
 
     Args:
         target_label: (B, 1, H, W, D) ids.
-        means: (num_labels,) HU, finite; entry 0 is not used.
+        means: (num_labels,) HU; entry 0 is not used.
         background_hu: (B, 1, H, W, D).
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from custom.geometry.topology import bounding_box, grown_box
 from custom.phantom.geometry import Array, coverage
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -16,13 +17,7 @@ Box = tuple[slice, ...]
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> Box | None:
     """Smallest box around True voxels (H, W, D), grown by a margin within the grid; None where there are none."""
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        if len(found) == 0:
-            return None
-        box.append(slice(max(int(found[0]) - margin, 0), min(int(found[-1]) + margin + 1, mask.shape[axis])))
-    return tuple(box)
+    return grown_box(bounding_box(mask), [margin] * 3) if mask.any() else None
 
 
 def smooth_field(shape: tuple[int, ...], sigma_voxels: float | tuple[float, ...], rng: np.random.Generator) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from custom.phantom.anatomy import build_geometry
+from custom.phantom.anatomy import Geometry, build_geometry
 from custom.phantom.annotation import annotate
 from custom.phantom.appearance import add_artefacts, draw_appearance, draw_noise, move_right_artery, paint, scan
 from custom.phantom.contrast import add_trends, draw_look, paint_layers, reconstruct
@@ -21,7 +21,7 @@ from custom.phantom.disease import add_disease, add_motion
 from custom.phantom.geometry import Array
 from custom.phantom.labels import TopologyError
 from custom.phantom.projection import beam_hardening
-from custom.phantom.scene import build_clinic
+from custom.phantom.scene import Clinic, build_clinic
 from numpy.typing import NDArray
 
 __all__ = ["STYLES", "Subject", "check_grid", "check_style", "make_subject"]
@@ -148,10 +148,17 @@ def make_subject(
             raise ValueError(f"{name} must be at least 0, got {value}; choose a non-negative integer.")
     rng = np.random.default_rng([look_seed, index, 1])
     look_rng = rng if appearance_seed is None else np.random.default_rng([appearance_seed, 3])
-    scanned = _scan_plain if style == "plain" else _scan_clinic
-    label, look, clean, found = scanned(seed, index, grid, spacing_mm, look_seed, look_rng, rng, artefacts)
+    artefact_rng = np.random.default_rng([look_seed, index, 2])
+    if style == "clinic":
+        body, draw = _draw_anatomy(build_clinic, seed, index, grid, spacing_mm)
+        label, (look, clean, found) = body.label, _scan_clinic(body, spacing_mm, look_rng, rng, artefact_rng)
+    else:
+        anatomy, draw = _draw_anatomy(build_geometry, seed, index, grid, spacing_mm)
+        chosen = artefact_rng if artefacts else None
+        label, (look, clean, found) = anatomy.label, _scan_plain(anatomy, spacing_mm, look_rng, rng, chosen)
     image = clean + draw_noise(label.shape, look, spacing_mm, rng)
-    parameters = {"seed": seed, "index": index, "appearance_seed": look_seed} | found | {"appearance": look}
+    parameters: dict[str, Any] = {"seed": seed, "index": index, "appearance_seed": look_seed, "draw": draw}
+    parameters |= found | {"appearance": look}
     to_hu = [np.clip(np.rint(a), -1024, 3071).astype(np.int16) for a in (image, clean)]
     affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
     exact = None
@@ -161,51 +168,40 @@ def make_subject(
     return Subject(to_hu[0], label, to_hu[1], affine, json.loads(json.dumps(parameters, default=float)), exact)
 
 
-Scanned = tuple[NDArray[np.uint8], dict[str, Any], Array, dict[str, Any]]
-"""Label, what was drawn of the scan, the scan without noise, and what else was drawn."""
+Scanned = tuple[dict[str, Any], Array, dict[str, Any]]
+"""What was drawn of the scan, the scan without noise, and what else was drawn."""
 
 
 def _scan_plain(
-    seed: int,
-    index: int,
-    grid: tuple[int, int, int],
+    anatomy: Geometry,
     spacing_mm: float,
-    look_seed: int,
     look_rng: np.random.Generator,
     rng: np.random.Generator,
-    artefacts: bool,
+    artefact_rng: np.random.Generator | None,
 ) -> Scanned:
-    anatomy, draw = _draw_anatomy(build_geometry, seed, index, grid, spacing_mm)
     look = draw_appearance(look_rng)
     hu = paint(anatomy, look, spacing_mm, rng)
     found: dict[str, Any] = {}
-    if artefacts:
-        artefact_rng = np.random.default_rng([look_seed, index, 2])
+    if artefact_rng is not None:
         found = add_artefacts(hu, anatomy, spacing_mm, artefact_rng)
         found["rca_motion_mm"] = move_right_artery(hu, anatomy, spacing_mm, artefact_rng)
-    drawn = {"draw": draw, "artefacts": found, "anatomy": anatomy.parameters}
-    return anatomy.label, look, scan(hu, look, spacing_mm), drawn
+    return look, scan(hu, look, spacing_mm), {"artefacts": found, "anatomy": anatomy.parameters}
 
 
 def _scan_clinic(
-    seed: int,
-    index: int,
-    grid: tuple[int, int, int],
+    body: Clinic,
     spacing_mm: float,
-    look_seed: int,
     look_rng: np.random.Generator,
     rng: np.random.Generator,
-    artefacts: bool,
+    artefact_rng: np.random.Generator,
 ) -> Scanned:
-    body, draw = _draw_anatomy(build_clinic, seed, index, grid, spacing_mm)
     look = draw_look(look_rng)
     hu = paint_layers(body.layers, body.label.shape, look, rng)
     add_trends(hu, body, look, rng)
-    artefact_rng = np.random.default_rng([look_seed, index, 2])
     found = add_disease(hu, body, look, artefact_rng)
     found["beam_hardening"] = float(artefact_rng.uniform(0.3, 2.0))
     hu += beam_hardening(hu, spacing_mm, found["beam_hardening"])
     found |= add_motion(hu, body, found, artefact_rng)
     betti = {str(k): list(numbers) for k, numbers in body.betti.items()}
-    drawn = {"draw": draw, "artefacts": found, "anatomy": body.parameters, "intended_betti": betti}
-    return body.label, look, reconstruct(hu, look, spacing_mm), drawn
+    drawn = {"artefacts": found, "anatomy": body.parameters, "intended_betti": betti}
+    return look, reconstruct(hu, look, spacing_mm), drawn
