@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from custom.diffusion.noise import HU_RANGE, case_noise
-from custom.volumes.grids import as_batch, on_grid_of, spacing_of
-from custom.volumes.intensity import (
+from custom.volumes.grain import (
     draw_grain,
     fine_spectrum,
     gaussian_spectrum,
     grain_kernel,
     grain_spectrum,
-    interior_noise_sd,
     local_sd,
-    split_noise,
     with_grain,
 )
+from custom.volumes.grids import as_batch, on_grid_of, spacing_of
+from custom.volumes.intensity import interior_noise_sd, split_noise
 from monai.transforms import Transform
 
 _LEAST_SHARE = 0.1  # of a spectrum, ours: where a structure lacks next to nothing, noise of few waves would be stripes
@@ -45,7 +44,7 @@ class SplitNoised(Transform):
 
 
 class MeasureGraind(Transform):
-    """Measure what it takes to draw more grain like that of a scan, see `custom.volumes.intensity.with_grain`.
+    """Measure what it takes to draw more grain like that of a scan, see `custom.volumes.grain.with_grain`.
 
     Reads what :class:`SplitNoised` made; adds `grain_spectrum` (1, 17, 17, 9), `grain_sd` (1, H, W, D) HU, and
     `noise_sd` of the scan, in HU.

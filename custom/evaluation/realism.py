@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from custom.geometry.topology import bounding_box
+from custom.volumes.grain import power_spectrum
 from custom.volumes.haar import haar_pack
-from custom.volumes.intensity import interior, power_spectrum
+from custom.volumes.intensity import interior
 from monai.metrics import compute_roc_auc
 from monai.transforms import RandCropByLabelClasses
 from numpy.typing import NDArray

@@ -3,21 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from custom.volumes.intensity import (
+from custom.volumes.grain import (
     draw_grain,
     fine_spectrum,
     gaussian_spectrum,
     grain_kernel,
     grain_spectrum,
-    interior,
-    interior_noise_sd,
-    label_statistics,
     local_sd,
-    noise_sd,
     power_spectrum,
-    split_noise,
     with_grain,
 )
+from custom.volumes.intensity import interior, interior_noise_sd, label_statistics, noise_sd, split_noise
 from scipy import ndimage
 
 SHAPE = (40, 36, 33)
