@@ -75,6 +75,7 @@ def run(
     seed: int = 0,
     spacing_mm: float = 0.8,
     mode: str = "template",
+    pretrained: bool = True,
     bundles: str | None = None,
     overrides: str | None = None,
     dry_run: bool = False,
@@ -94,14 +95,13 @@ def run(
         seed: of all stages.
         spacing_mm: voxel size of new label maps and their images; 1.5 is twice as fast, and blurs coronaries.
         mode: "template", images by the network, or "painted", in drawn HU without one.
+        pretrained: segmenters start from the shipped weights, which have seen no patient, rather than from nothing.
         bundles: folder with both bundles, where they do not lie beside this package.
         overrides: JSON file with options that every run of a bundle gets last.
         dry_run: only say what would be run.
     """
     root = Path(output_dir).expanduser().resolve()
-    settings = Settings(
-        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm, mode=mode
-    )
+    settings = Settings(count, epochs, finetune, workers, seed, spacing_mm, mode, pretrained)
     found = find_bundles(bundles, overrides)
     if is_folder(datalist):
         listed, in_folder = root / "datalist.json", cases_in(datalist)
@@ -129,6 +129,7 @@ def cross_validate(
     seed: int = 0,
     spacing_mm: float = 0.8,
     mode: str = "template",
+    pretrained: bool = True,
     bundles: str | None = None,
     overrides: str | None = None,
     dry_run: bool = False,
@@ -139,13 +140,11 @@ def cross_validate(
         datalist: as of `run`; which section a case is in does not count.
         output_dir: folder of all results.
         folds: 2 to the number of cases.
-        count, epochs, finetune, workers, seed, spacing_mm, mode, bundles, overrides, dry_run: as of `run`, for each
-            fold.
+        count, epochs, finetune, workers, seed, spacing_mm, mode, pretrained, bundles, overrides, dry_run: as of `run`,
+            for each fold.
     """
     root = Path(output_dir).expanduser().resolve()
-    settings = Settings(
-        count=count, epochs=epochs, finetune=finetune, workers=workers, seed=seed, spacing_mm=spacing_mm, mode=mode
-    )
+    settings = Settings(count, epochs, finetune, workers, seed, spacing_mm, mode, pretrained)
     cases = cases_in(datalist) if is_folder(datalist) else listed_cases(str(Path(datalist).expanduser().resolve()))
     lists = write_folds(cases, root, folds)
     for number, listed in enumerate(lists, start=1):

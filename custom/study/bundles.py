@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ class Bundles:
         own = [] if self.overrides is None else [str(self.overrides)]
         parser.read_config([str(self.generator / "configs/generate_masks.json"), *own])
         return parser.get_parsed_content("labels"), parser.get_parsed_content("label_mapping")
+
+    def shipped_segmenter(self) -> Path | None:
+        """Weights that the segmenter comes with; None where overrides make another network of it, or other labels."""
+        weights = self.segmenter / "models/model.pt"
+        own = {} if self.overrides is None else json.loads(self.overrides.read_text())
+        is_other = any(name.split("#")[0] == "network_def" for name in own)
+        is_other = is_other or self.labels()[0].names != replace(self, overrides=None).labels()[0].names
+        return weights if weights.is_file() and not is_other else None
 
 
 def find_bundles(folder: str | None = None, overrides: str | None = None) -> Bundles:

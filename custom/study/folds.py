@@ -57,14 +57,16 @@ def summarise(folders: Sequence[Path], root: Path) -> str:
     A case is named with its fold: alone in its list, it has the bare name of its file, which others may have too.
 
     Returns:
-        the first table: mean and SD over cases of every measure, and of the paired differences.
+        the first table: mean and SD over cases of every measure, and of the paired differences of the first two.
     """
     read: dict[str, pd.DataFrame] = {}
     for arm, name in ARMS.items():
+        if name == "shipped" and not (folders[0] / name).is_dir():
+            continue
         parts = [pd.read_csv(folder / name / "evaluation/labels.csv", dtype={"case": str}) for folder in folders]
         named = [part.assign(case=f"{k}/" + part["case"]) for k, part in enumerate(parts, start=1)]
         read[arm] = pd.concat(named, ignore_index=True).set_index(["case", "label"])
-    first, second = read.values()
+    first, second, *_ = read.values()
     rows = []
     labels = [None, *first.index.unique("label")]
     for measure in _MEASURES:

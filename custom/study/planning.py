@@ -20,6 +20,7 @@ CASE_SECONDS = {
 label maps. By what cases of 512 x 512 x 275 take (docs/FINDINGS.md), and rendering at 1.5 mm."""
 SYNTHESIS = ("inference.json", "synthesize.json")
 _SAMPLES, _BATCH, _VAL_INTERVAL = 32, 2, 5  # of the segmenter's train.json
+_FURTHER_LEARNING_RATE = 0.002  # half of that from nothing
 _PHANTOMS = 40
 
 
@@ -149,9 +150,12 @@ def _can_be_measured(study: Study) -> bool:
 
 
 def _segmenters(study: Study) -> list[Stage]:
-    """One pre-trained on the set and fine-tuned, one of real cases alone, of as many epochs."""
+    """One pre-trained on the set and fine-tuned, one of real cases alone, of as many epochs, both from one start."""
     epochs, cases = study.settings.epochs, {"datalists": [str(study.datalist)]}
     early, late = 2 * epochs // 3, epochs - 2 * epochs // 3
+    further: dict[str, Any] = {"learning_rate": _FURTHER_LEARNING_RATE}
+    start = {} if study.shipped is None else {"pretrained": str(study.shipped), **further}
+    begun = "from nothing" if study.shipped is None else "from the shipped weights"
 
     def training(
         name: str, title: str, epochs: int, arm: str, folder: str, more: Mapping[str, Any], needs: Sequence[str] = ()
@@ -178,8 +182,9 @@ def _segmenters(study: Study) -> list[Stage]:
         "real_datalists": [str(study.datalist)],
         "warmup_epochs": early // 10,
         "ramp_epochs": early // 5,
+        **start,
     }
-    title = "a segmenter pre-trained on the set, trusting it as far as it should (CAL)"
+    title = f"a segmenter, {begun}, pre-trained on the set, trusting it as far as it should (CAL)"
     return [
         training("pretraining", title, early, "cal", "pretraining", learned, ["images"]),
         training(
@@ -188,19 +193,26 @@ def _segmenters(study: Study) -> list[Stage]:
             late,
             "cal",
             "training",
-            {"learning_rate": 0.002},
+            further,
             ["pretraining"],
         ),
-        training("real_only", "a segmenter of real cases alone, to compare with", epochs, "real_only", "training", {}),
+        training(
+            "real_only",
+            f"a segmenter, {begun}, of real cases alone, to compare with",
+            epochs,
+            "real_only",
+            "training",
+            start,
+        ),
     ]
 
 
 def _comparison(study: Study) -> list[Stage]:
-    """Both segmenters on the test cases, and the report."""
+    """Both segmenters and what they started from on the test cases, and the report."""
     root, tests = study.root, study.sizes["test"]
 
-    def evaluation(arm: str, needed: str) -> Stage:
-        places = {"output_dir": root / arm / "evaluation", "ckpt_dir": root / arm / "models"}
+    def evaluation(arm: str, *needed: str, weights: Path | None = None) -> Stage:
+        places = {"output_dir": root / arm / "evaluation", "ckpt_dir": weights or root / arm / "models"}
         return study.stage(
             f"evaluation_{arm}",
             f"{arm} on {tests} test case(s)",
@@ -208,14 +220,17 @@ def _comparison(study: Study) -> list[Stage]:
             {"datalists": [str(study.datalist)], **places},
             product=f"{arm}/evaluation/labels.csv",
             seconds=SECONDS["start"] + _case_seconds(study, "evaluation") * tests,
-            needs=[needed],
+            needs=needed,
         )
 
     evaluated = [evaluation("real_only", "real_only"), evaluation("cal", "finetuning")]
-    compared = {name: str(root / arm / "evaluation") for name, arm in ARMS.items()}
+    if study.shipped is not None:
+        evaluated.append(evaluation("shipped", weights=study.shipped.parent))
+    arms = {name: arm for name, arm in ARMS.items() if arm != "shipped" or study.shipped is not None}
+    compared = {name: str(root / arm / "evaluation") for name, arm in arms.items()}
     report = study.stage(
         "report",
-        "both segmenters and the set on one page",
+        "all segmenters and the set on one page",
         (study.bundles.generator, "reporting", SYNTHESIS),
         {"output_dir": root / "synthetic", "evaluations": compared},
         product="synthetic/report.html",

@@ -14,8 +14,8 @@ from custom.runs.options import is_number
 from custom.study.bundles import Bundles
 from custom.study.cases import label_sizes
 
-ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal"}
-"""Segmenters that are compared: in words, and the folder of each."""
+ARMS = {"real cases only": "real_only", "CAL, then real cases": "cal", "as shipped": "shipped"}
+"""Segmenters that are compared: in words, and the folder of each; the last where the study starts from it."""
 MODES = ("template", "painted")
 """Ways to make images that a study offers."""
 _EPOCH = re.compile(r"Epoch: (\d+)/(\d+), Iter: (\d+)/(\d+)")
@@ -67,6 +67,7 @@ class Settings:
         seed: of all stages.
         spacing_mm: voxel size of new masks and their images.
         mode: "template", images by the network, or "painted", in drawn HU without one.
+        pretrained: whether segmenters start from the shipped weights, where these know the labels, or from nothing.
     """
 
     count: int = 30
@@ -76,6 +77,7 @@ class Settings:
     seed: int = 0
     spacing_mm: float = 0.8
     mode: str = "template"
+    pretrained: bool = True
 
     def __post_init__(self) -> None:
         least = {"count": 1, "epochs": 3, "finetune": 0, "workers": 0, "seed": 0}
@@ -89,6 +91,11 @@ class Settings:
             raise ValueError(
                 f"spacing_mm: must be {_SPACINGS_MM[0]} to {_SPACINGS_MM[1]}, got {self.spacing_mm!r}; images are best "
                 "from 0.8 to 1.5"
+            )
+        if not isinstance(self.pretrained, bool):
+            raise ValueError(
+                "pretrained: must be True, segmenters start from the shipped weights, or False, from nothing; got "
+                f"{self.pretrained!r}"
             )
         if self.mode not in MODES:
             raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
@@ -141,11 +148,17 @@ class Study:
         """Field of view of a case in ml, on average."""
         return float(np.mean([voxels * volume for voxels, volume in self._volumes])) / 1000
 
+    @cached_property
+    def shipped(self) -> Path | None:
+        """Weights that both segmenters start from; None from nothing."""
+        return self.bundles.shipped_segmenter() if self.settings.pretrained else None
+
     def inputs(self) -> list[Path]:
         """Files that all results depend on."""
         files = [case[key] for cases in self.cases.values() for case in cases for key in ("image", "label")]
         own = [] if self.bundles.overrides is None else [self.bundles.overrides]
         weights = [self.bundles.generator / "models/model.pt"] * (not self.settings.is_painted)
+        weights += [] if self.shipped is None else [self.shipped]
         return [self.datalist, *own, *weights, *map(Path, files)]
 
     def stage(

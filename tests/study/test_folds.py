@@ -69,3 +69,16 @@ def test_means_spread_and_paired_differences_are_over_the_cases_of_all_folds(tmp
     row = labels[(labels["measure"] == "dice, b") & (labels["segmenter"] == "CAL, then real cases")].iloc[0]
     assert row["mean"] == pytest.approx(0.9)
     assert row["cases better"] == "2 of 2"
+    assert "as shipped" not in set(labels["segmenter"])
+
+
+def test_the_shipped_segmenter_stands_beside_both_where_a_study_starts_from_it(tmp_path):
+    for arm, dice in {"real_only": 0.5, "cal": 0.75, "shipped": 0.25}.items():
+        folder = tmp_path / "fold_1" / arm / "evaluation"
+        folder.mkdir(parents=True)
+        row = {"case": "seg", "label": "a", "dice": dice, "cl_dice": "", "hd95_mm": 2.0, "missed": 0, "invented": 0}
+        pd.DataFrame([row]).to_csv(folder / "labels.csv", index=False)
+    summarise([tmp_path / "fold_1"], tmp_path)
+    dice = pd.read_csv(tmp_path / "cross_validation.csv").set_index("measure").loc["dice"]
+    assert dice["as shipped, mean"] == 0.25
+    assert dice["difference, mean"] == 0.25

@@ -211,7 +211,38 @@ def test_a_painted_study_needs_no_weights_and_no_calibration(tmp_path):
         assert given["--mode"] == "painted"
         assert not {"--ckpt_dir", "--confidence_table"} & set(given)
         assert set(one.needs) <= {"masks", "images"}
-    assert not [path for path in study.inputs() if path.suffix == ".pt"]
+    assert study.inputs()[1:] == [study.bundles.segmenter / "models/model.pt", *[Path(p) for p in [*case.values()] * 6]]
+
+
+def segmenter_starts(tmp_path, settings, overrides=None):
+    """Stages that are given the shipped segmenter's weights, or their folder."""
+    own = None
+    if overrides is not None:
+        own = tmp_path / "own.json"
+        own.write_text(json.dumps(overrides))
+    case = {"image": "a.nii.gz", "label": "b.nii.gz"}
+    cases = {section: [case] * 2 for section in ("training", "validation", "test")}
+    study = Study(find_bundles(overrides=own), tmp_path / "datalist.json", tmp_path, settings, cases)
+    shipped = study.bundles.segmenter / "models"
+    assert (shipped / "model.pt" in study.inputs()) == (study.shipped is not None)
+    return [s.name for s in plan(study) if {str(shipped), str(shipped / "model.pt")} & set(s.command)]
+
+
+def test_both_segmenters_start_from_the_shipped_weights_which_are_measured_too(tmp_path):
+    assert segmenter_starts(tmp_path, Settings()) == ["pretraining", "real_only", "evaluation_shipped"]
+    same_labels = {"anatomy#10#components": 3, "spacing_mm": [1.2, 1.2, 1.2]}
+    assert segmenter_starts(tmp_path, Settings(), same_labels) == ["pretraining", "real_only", "evaluation_shipped"]
+
+
+@pytest.mark.parametrize("overrides", [{"anatomy#10#name": "veins"}, {"network_def#init_filters": 16}])
+def test_segmenters_of_other_labels_or_another_network_start_from_nothing(tmp_path, overrides):
+    assert segmenter_starts(tmp_path, Settings(), overrides) == []
+
+
+def test_segmenters_start_from_nothing_where_it_is_asked_for(tmp_path):
+    assert segmenter_starts(tmp_path, Settings(pretrained=False)) == []
+    with pytest.raises(ValueError, match="pretrained: must be True, .* or False, from nothing; got 'no'"):
+        Settings(pretrained="no")
 
 
 def test_a_mode_that_no_study_has_and_training_of_no_network_are_refused():

@@ -55,7 +55,7 @@ def test_a_study_killed_five_times_leaves_the_files_of_one_that_was_not(tmp_path
     began = time.monotonic()
     said = finish(start(tmp_path / "cases", tmp_path / "whole"))
     seconds = time.monotonic() - began
-    assert "all 10 stages are done" in said
+    assert "all 11 stages are done" in said
     assert (tmp_path / "whole/synthetic/report.html").is_file()
     rng = random.Random(7)
     for _ in range(KILLS):
@@ -74,6 +74,6 @@ def test_a_study_killed_five_times_leaves_the_files_of_one_that_was_not(tmp_path
     )
     assert all(torch.equal(tensor, killed[name][key]) for name, state in whole.items() for key, tensor in state.items())
     again = finish(start(tmp_path / "cases", tmp_path / "whole"))
-    assert "10 stages, 0 of them to do" in again
+    assert "11 stages, 0 of them to do" in again
     listed = json.loads((tmp_path / "whole/datalist.json").read_text())
     assert [len(listed[section]) for section in ("training", "validation", "test")] == [3, 1, 1]
