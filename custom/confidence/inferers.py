@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from custom.confidence.variance import RunningVariance, predicted_variance
 from custom.diffusion.context import RESIDUAL_UNIT_HU
-from custom.diffusion.network import StructDiffUNet
+from custom.diffusion.network import SIGMA_RANGE, StructDiffUNet
 from custom.diffusion.sampler import Encoded, StructDiffInferer
 from custom.diffusion.schedule import spaced_timesteps
 from custom.volumes.grids import crop_to
-from custom.volumes.haar import haar_unpack
 
 _TOLERATED_DEVIATIONS = 3.0  # ours: farther from the mean than that, an image does not show its label
 
@@ -45,8 +44,9 @@ class PredictedVarianceInferer(StructDiffInferer):
         return self._variance(image, context, self._encode(context, network))
 
     def _variance(self, image: torch.Tensor, context: torch.Tensor, encoded: Encoded) -> torch.Tensor:
-        expected = self._to_hu(haar_unpack(encoded.mean), context)
-        predicted = crop_to(predicted_variance(encoded.sigma), context.shape[2:]) * RESIDUAL_UNIT_HU**2
+        expected = self._to_hu(encoded.whole(encoded.mean), context)
+        sigma = encoded.whole(encoded.sigma, SIGMA_RANGE[0])
+        predicted = crop_to(predicted_variance(sigma), context.shape[2:]) * RESIDUAL_UNIT_HU**2
         return torch.maximum(predicted, ((image - expected) / _TOLERATED_DEVIATIONS).square())
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 _IMAGE_CHANNELS = 16  # Haar bands of two images
-_SIGMA_RANGE = (0.01, 5.0)  # 1 to 500 HU, ours: the step in which images are written, half the step from lung to fat
+SIGMA_RANGE = (0.01, 5.0)  # of the residual: 1 to 500 HU, ours, the step of written images and half that from lung to fat
 _NEAR_BLOCKS, _FADING_BLOCKS = 4, 2  # of 2 x 2 x 2 voxels, ours: partial volume and neighbours of the heart lie within
 _FIRST_SIGMA = 0.3  # where training starts, ours: about what edges leave to a mean
 
@@ -220,7 +220,7 @@ class StructDiffUNet(nn.Module):
         # In single voxels the mean is learned faster than in bands.
         near = near_labels(known) if near is None else pad_to(near, seen.shape[2:])
         mean = near * haar_pack(depth_to_space(voxels + blurred))
-        sigma = (near * _FIRST_SIGMA * spread.exp()).clamp(*_SIGMA_RANGE)
+        sigma = (near * _FIRST_SIGMA * spread.exp()).clamp(*SIGMA_RANGE)
         template, prior = images.chunk(2, 1)
         expected = prior + mean.detach() * (RESIDUAL_UNIT_HU / IMAGE_UNIT_HU)
         return Condition(torch.cat([encoded.float(), template, expected], 1), near, mean, sigma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,32 +20,72 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
 
-def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
+Window = tuple[slice, ...]
+
+_BOX_MARGIN = 4  # blocks of 2 x 2 x 2 voxels around what is drawn, ours: edges of a window are not seen in it
+
+
+def _even(length: float) -> int:
+    return max(2, 2 * math.ceil(length / 2 - 1e-9))
+
+
+def windows_of(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[Window]:
     """Overlapping windows that cover a volume; starts are even, so that all windows share one Haar grid.
 
     Args:
         size: (H, W, D) of the volume, even.
-        roi_size: (H, W, D) of a window, even; an axis shorter than the window is covered by one shorter window.
-        overlap: fraction of a window shared with the next, in [0, 1).
+        roi_size: (H, W, D) of the largest window, even. Windows are as small as their number allows.
+        overlap: fraction of a window shared with the next, in [0, 1), or up to two voxels less.
     """
-    roi = [min(r, n) for r, n in zip(roi_size, size, strict=True)]
-    interval = [max(2, int(r * (1 - overlap)) // 2 * 2) for r in roi]
-    return dense_patch_slices(list(size), roi, interval)
+    counts = [math.ceil(max(n - r, 0) / (r * (1 - overlap))) for n, r in zip(size, roi_size, strict=True)]
+    roi = [_even(n / (1 + count * (1 - overlap))) for n, count in zip(size, counts, strict=True)]
+    return dense_patch_slices(list(size), roi, [_even(r * (1 - overlap)) for r in roi])
+
+
+def drawn_box(near: torch.Tensor) -> Window:
+    """The smallest box of the packed grid that holds all that is drawn, and a margin; everything where nothing is.
+
+    Args:
+        near: (B, 1, h, w, d) share that is drawn.
+    """
+    anywhere = near.amax((0, 1)) > 0
+    if not bool(anywhere.any()):
+        return tuple(slice(0, n) for n in anywhere.shape)
+    spans = [anywhere.amax(other).nonzero() for other in ((1, 2), (0, 2), (0, 1))]
+    return tuple(
+        slice(max(int(at[0]) - _BOX_MARGIN, 0), min(int(at[-1]) + 1 + _BOX_MARGIN, n))
+        for at, n in zip(spans, anywhere.shape, strict=True)
+    )
 
 
 class Encoded(NamedTuple):
-    """What is known before the first step: windows on the packed grid, its size, their conditions, and the moments."""
+    """What is known before the first step of what is drawn.
 
-    packed: list[tuple[slice, ...]]
-    grid: list[int]
+    Attributes:
+        box: on the packed grid of the volume; all else of it is known without a network.
+        windows: of the box, on its own packed grid.
+        condition: index of a window -> what the network made of its context.
+        mean, sigma: (B, 8, h, w, d) of the box.
+        grid: (h, w, d) of the volume.
+    """
+
+    box: Window
+    windows: list[Window]
     condition: Callable[[int], Condition]
     mean: torch.Tensor
     sigma: torch.Tensor
+    grid: Sequence[int]
+
+    def whole(self, part: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+        """(B, C, h, w, d) of the box as one of the volume."""
+        volume = part.new_full((*part.shape[:2], *self.grid), outside)
+        crop(volume, self.box).copy_(part)
+        return volume
 
 
-def _packed(window: Sequence[slice]) -> tuple[slice, ...]:
-    """The window on the packed grid; starts and stops are even."""
-    return tuple(slice(axis.start // 2, axis.stop // 2) for axis in window)
+def _scaled(window: Window, factor: float) -> Window:
+    """A window on a grid of other voxels: 2 from the packed grid, 0.5 to it; starts and stops are even."""
+    return tuple(slice(int(axis.start * factor), int(axis.stop * factor)) for axis in window)
 
 
 def blended(
@@ -156,7 +197,8 @@ class StructDiffInferer(Inferer):
         alone = given.modes() == MODES.index("mask_only")
         if not bool(alone.any()):
             return context
-        drawn = self._to_hu(haar_unpack(self._encode(context, network).mean), context)
+        encoded = self._encode(context, network)
+        drawn = self._to_hu(encoded.whole(encoded.mean), context)
         prior = own_template(drawn, given.target_label, given.prior_hu)
         own = Context(given.target_label, prior, given.target_label, prior).stacked()
         return torch.where(alone.view(-1, 1, 1, 1, 1), own, context)
@@ -176,9 +218,10 @@ class StructDiffInferer(Inferer):
         noise = torch.stack([case_noise((1, *size), self.seed, case) for case in cases]).to(context)
         residual = encoded.mean
         if self.sample_strength > 0:
-            drawn = self._remainder(haar_pack(pad_to_multiple(noise, 2)), encoded, network, times)
+            packed = crop(haar_pack(pad_to_multiple(noise, 2)), encoded.box)
+            drawn = self._remainder(packed, encoded, network, times)
             residual = residual + self.sample_strength * encoded.sigma * drawn
-        rendered = self._to_hu(haar_unpack(residual), context)
+        rendered = self._to_hu(encoded.whole(residual), context)
         if bad := [case for case, volume in zip(cases, rendered, strict=True) if not bool(volume.isfinite().all())]:
             raise ValueError(
                 f"{', '.join(bad)}: the rendering is NaN or infinite, so the weights are not sound; use another "
@@ -187,19 +230,21 @@ class StructDiffInferer(Inferer):
         return rendered.clamp(*self.hu_range)
 
     def _to_hu(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Structure of a residual; where there is a template, labels have the means that it says."""
+        """Structure of a packed residual; where there is a template, labels have the means that it says."""
         known = Context.of(context)
-        image = crop_to(residual, known.prior_hu.shape[2:]) * RESIDUAL_UNIT_HU + known.prior_hu
+        image = crop_to(haar_unpack(residual), known.prior_hu.shape[2:]) * RESIDUAL_UNIT_HU + known.prior_hu
         guided = known.modes().view(-1, 1, 1, 1, 1) == MODES.index("template")
         return torch.where(guided, with_label_means(image, known.target_label, known.prior_hu), image)
 
     def _encode(self, context: torch.Tensor, network: StructDiffUNet) -> Encoded:
-        """Conditions of all windows and the moments of the whole volume, padded to even sizes."""
+        """Conditions of all windows and the moments of what is drawn of the volume, padded to even sizes."""
         context = pad_to_multiple(context, 2)
+        near = near_labels(Context.of(context))
+        box, grid = drawn_box(near), near.shape[2:]
+        context, near = crop(context, _scaled(box, 2)), crop(near, box)
         size = context.shape[2:]
         windows = windows_of(size, self.roi_size or size, self.overlap)
-        packed, grid = [_packed(window) for window in windows], [n // 2 for n in size]
-        near = near_labels(Context.of(context))
+        packed = [_scaled(window, 0.5) for window in windows]
         cache: dict[int, Condition] = {}
 
         def condition(index: int) -> Condition:
@@ -215,19 +260,18 @@ class StructDiffInferer(Inferer):
             both = torch.cat([encoded.mean, encoded.sigma.log()], 1)
             return crop_to(both, [axis.stop - axis.start for axis in packed[index]])
 
-        mean, log_sigma = blended(moments, packed, grid).chunk(2, 1)
-        return Encoded(packed, grid, condition, mean, log_sigma.exp())
+        mean, log_sigma = blended(moments, packed, near.shape[2:]).chunk(2, 1)
+        return Encoded(box, packed, condition, mean, log_sigma.exp(), grid)
 
     def _remainder(
         self, noise: torch.Tensor, encoded: Encoded, network: StructDiffUNet, times: Sequence[int]
     ) -> torch.Tensor:
         """Standardised remainder (B, 8, h, w, d) of packed noise: the probability flow in the angle, noise to image."""
-        packed, grid, condition, *_ = encoded
 
         def window_flow(y: torch.Tensor, timesteps: torch.Tensor, index: int) -> torch.Tensor:
-            return network.flow(crop(y, packed[index]), timesteps, condition(index).features)
+            return network.flow(crop(y, encoded.windows[index]), timesteps, encoded.condition(index).features)
 
         def flow(y: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return blended(partial(window_flow, y, timesteps), packed, grid)
+            return blended(partial(window_flow, y, timesteps), encoded.windows, y.shape[2:])
 
         return probability_flow(noise, flow, network.alphas_cumprod, times, progress=self.progress)
