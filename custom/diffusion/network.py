@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 _IMAGE_CHANNELS = 16  # Haar bands of two images
-SIGMA_RANGE = (0.01, 5.0)  # of the residual: 1 to 500 HU, ours, the step of written images and half that from lung to fat
+SIGMA_RANGE = (0.01, 5.0)  # of the residual, 1 to 500 HU, ours: the step of images, and half that from lung to fat
 _NEAR_BLOCKS, _FADING_BLOCKS = 4, 2  # of 2 x 2 x 2 voxels, ours: partial volume and neighbours of the heart lie within
 _FIRST_SIGMA = 0.3  # where training starts, ours: about what edges leave to a mean
 

@@ -19,7 +19,6 @@ from custom.volumes.haar import haar_pack, haar_unpack
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
-
 Window = tuple[slice, ...]
 
 _BOX_MARGIN = 4  # blocks of 2 x 2 x 2 voxels around what is drawn, ours: edges of a window are not seen in it

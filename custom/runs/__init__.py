@@ -4,6 +4,7 @@ from custom.runs.command_line import check_command_line
 from custom.runs.files import file_hash, make_folder, remove_leftovers
 from custom.runs.folders import RunFolder
 from custom.runs.locks import TrainingPlace
+from custom.runs.memory import keep_freed_memory
 from custom.runs.options import check_options
 from custom.runs.progress import SayProgress
 from custom.runs.resuming import Resume, SeedEachEpoch
@@ -36,6 +37,7 @@ __all__ = [
     "check_options",
     "existing_handler",
     "file_hash",
+    "keep_freed_memory",
     "load_pretrained",
     "make_folder",
     "remove_leftovers",

@@ -18,8 +18,6 @@ GENERATOR, SEGMENTER = "structdiff_cardiac", "structdiff_seg_cal"
 _LISTED = re.compile(r"[^\"$`\\!]*'[^\"$`\\!]*")  # lists and dictionaries are easier to read in double quotes
 ROOT = Path(__file__).resolve().parents[2]
 """Folder of the package: of a clone, or of a downloaded bundle."""
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-"""For glibc, which else gives every large block back at once and has it filled with zeros when it is asked for anew."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,6 @@ def typed(arguments: Sequence[str]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of a run: this package first on the path, cores shared, freed memory kept, and bars that do not fill a log."""
+    """Of a run: this package first on the path, cores shared, and bars that do not fill a log."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    own = {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "TQDM_MININTERVAL": "60"}
-    return {**os.environ, **own, **KEEP_FREED_MEMORY}
+    return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "TQDM_MININTERVAL": "60"}

@@ -1,7 +1,11 @@
 """A run that needs more memory than the machine has says so, and what to change."""
 
 import logging
+import platform
+import subprocess
+import sys
 
+import pytest
 from custom.runs import memory
 
 
@@ -26,3 +30,37 @@ def test_without_an_answer_of_the_system_nothing_is_said(caplog, monkeypatch):
 
 def test_the_memory_of_this_machine_is_known():
     assert memory.machine_memory() > 1 << 30
+
+
+FREED = """
+import resource, sys
+from custom.runs import keep_freed_memory
+import torch
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 23)
+before = faults()
+for _ in range(20):
+    torch.ones(1 << 23)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_is_kept_for_the_next_volume():
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    }
+    assert faults["kept"] * 10 < faults["given back"], faults
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not memory.keep_freed_memory()
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not memory.keep_freed_memory()
