@@ -110,12 +110,12 @@ def _images(study: Study) -> list[Stage]:
     else:
         templates["confidence_table"] = root / "confidence.json"
         templates["ckpt_dir"] = (root / "generator" if tuned else generator) / "models"
-    synthetic = {**templates, "output_dir": root / "synthetic"}
+    synthetic, loading = {**templates, "output_dir": root / "synthetic"}, {"num_workers": 1}
     scaled = study.stage(
         "confidence",
         f"how far to trust an image, by {sizes['validation']} held-out case(s)",
         (generator, "calibrating", [*SYNTHESIS, "calibrate.json"]),
-        templates,
+        {**templates, **loading},
         product="confidence.json",
         seconds=SECONDS["start"] + _case_seconds(study, "rendering") * sizes["training"] * sizes["validation"],
         needs=tuned,
@@ -126,7 +126,7 @@ def _images(study: Study) -> list[Stage]:
         "images",
         f"an image and a confidence map of each of the {settings.count} label maps",
         (generator, "synthesizing", SYNTHESIS),
-        {**synthetic, "mask_datalist": root / "masks/datalist.json"},
+        {**synthetic, **loading, "mask_datalist": root / "masks/datalist.json"},
         product="synthetic/datalist.json",
         seconds=SECONDS["start"] + each * settings.count,
         needs=["masks", *[stage.name for stage in calibrated], *tuned],
@@ -188,13 +188,7 @@ def _segmenters(study: Study) -> list[Stage]:
     return [
         training("pretraining", title, early, "cal", "pretraining", learned, ["images"]),
         training(
-            "finetuning",
-            "the same, fine-tuned on the real cases",
-            late,
-            "cal",
-            "training",
-            further,
-            ["pretraining"],
+            "finetuning", "the same, fine-tuned on the real cases", late, "cal", "training", further, ["pretraining"]
         ),
         training(
             "real_only",

@@ -167,7 +167,8 @@ def test_two_processes_make_what_one_makes(workflow, settings, finished, tmp_pat
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        run(workflow, *CONFIGS, **settings, **UNREPORTED, output_dir=str(tmp_path / "two"), template_choice="source")
+        more = {"output_dir": str(tmp_path / "two"), "template_choice": "source", "num_workers": int(rank)}
+        run(workflow, *CONFIGS, **settings, **UNREPORTED, **more)
         assert len(list((tmp_path / "two/images").iterdir())) == 2 - int(rank)
     one, two = (json.loads((folder / "datalist.json").read_text()) for folder in (finished, tmp_path / "two"))
     assert one == two
