@@ -25,6 +25,7 @@ import torch
 from common import ANATOMY, PICTURES, RESULTS, ROOT, TRAIN_CONFIG, machine
 from custom.diffusion.pairs import PooledDataLoader
 from custom.runs.files import write_json
+from custom.runs.memory import keep_freed_memory
 from custom.runs.weights import WeightAverage, save_atomically
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
@@ -218,6 +219,7 @@ def train(
     """
     if arm not in ARMS:
         raise ValueError(f"arm: must be one of {list(ARMS)}, got {arm!r}")
+    keep_freed_memory()  # as every run of a bundle
     work = Path(work_dir)
     result = work / f"{arm}.pt"
     if result.exists():
