@@ -9,14 +9,17 @@ import sys
 
 logger = logging.getLogger(__name__)
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST = -1, -3, 2**31 - 1  # of mallopt(3)
+_KEPT = {-3: 2**28, -1: 2**31 - 1}
+"""Of mallopt(3): blocks from M_MMAP_THRESHOLD on go back at once, others where M_TRIM_THRESHOLD are free at the end.
+
+Larger than what a network needs for a window are whole volumes, whose gaps would stay."""
 
 
 def keep_freed_memory() -> bool:
     """Have freed memory kept for the next volume, by glibc's mallopt(3); other systems are left as they are.
 
     glibc gives a block of megabytes back as soon as it is freed, and has it filled with zeros when it is asked for
-    again: a third of the time of a network's call on a CPU (docs/FINDINGS.md).
+    again: a third of the time of a network's call on a CPU (docs/FINDINGS.md). Blocks of up to 256 MiB are kept.
 
     Returns:
         whether it was done.
@@ -25,7 +28,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
     except (AttributeError, OSError):  # another C library
         return False
-    return mallopt is not None and all(mallopt(option, _LARGEST) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    return mallopt is not None and all(mallopt(option, value) for option, value in _KEPT.items())
 
 
 def machine_memory() -> int | None:

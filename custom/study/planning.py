@@ -8,16 +8,16 @@ from typing import Any
 
 from custom.study.stages import ARMS, Stage, Study, trained
 
-SECONDS = {"measuring": 20.0, "step": 0.9, "validation": 8.0, "generator step": 1.1, "phantom": 8.0, "start": 20.0}
+SECONDS = {"measuring": 12.0, "step": 1.2, "validation": 8.0, "generator step": 1.1, "phantom": 8.0, "start": 20.0}
 """Of a case, or a training step, on two cores: a first guess, which gives way to what a run measures."""
 CASE_SECONDS = {
-    "mask": (0.0, 0.0, 5.0),
-    "rendering": (25.0, 0.5, 9.0),
-    "painting": (10.0, 0.75, 0.0),
-    "evaluation": (10.0, 0.7, 0.0),
+    "mask": (0.0, 0.0, 3.5),
+    "rendering": (8.0, 0.2, 2.5),
+    "painting": (8.0, 0.3, 0.0),
+    "evaluation": (5.0, 0.3, 0.0),
 }
 """Of a case: always, for a million voxels of its file, and for a million of its field of view at the spacing of new
-label maps. By what cases of 512 x 512 x 275 take (docs/FINDINGS.md), and rendering at 1.5 mm."""
+label maps. By what cases of 256 x 256 x 256 and 512 x 512 x 275 take (docs/FINDINGS.md)."""
 SYNTHESIS = ("inference.json", "synthesize.json")
 _SAMPLES, _BATCH, _VAL_INTERVAL = 32, 2, 5  # of the segmenter's train.json
 _FURTHER_LEARNING_RATE = 0.002  # half of that from nothing
