@@ -14,6 +14,7 @@ from custom.diffusion.network import Condition, StructDiffUNet, near_labels
 from custom.diffusion.noise import HU_RANGE, case_noise
 from custom.diffusion.prior import own_template, with_label_means
 from custom.diffusion.schedule import listed_timesteps
+from custom.geometry.topology import bounding_box, grown_box
 from custom.volumes.grids import crop, crop_to, pad_to_multiple
 from custom.volumes.haar import haar_pack, haar_unpack
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -47,14 +48,11 @@ def drawn_box(near: torch.Tensor) -> Window:
     Args:
         near: (B, 1, h, w, d) share that is drawn.
     """
-    anywhere = near.amax((0, 1)) > 0
-    if not bool(anywhere.any()):
+    anywhere = (near.amax((0, 1)) > 0).cpu().numpy()
+    if not anywhere.any():
         return tuple(slice(0, n) for n in anywhere.shape)
-    spans = [anywhere.amax(other).nonzero() for other in ((1, 2), (0, 2), (0, 1))]
-    return tuple(
-        slice(max(int(at[0]) - _BOX_MARGIN, 0), min(int(at[-1]) + 1 + _BOX_MARGIN, n))
-        for at, n in zip(spans, anywhere.shape, strict=True)
-    )
+    box = grown_box(bounding_box(anywhere), [_BOX_MARGIN] * 3)
+    return tuple(slice(part.start, min(part.stop, n)) for part, n in zip(box, anywhere.shape, strict=True))
 
 
 class Encoded(NamedTuple):

@@ -59,10 +59,14 @@ class Bundles:
     def shipped_segmenter(self) -> Path | None:
         """Weights that the segmenter comes with; None where overrides make another network of it, or other labels."""
         weights = self.segmenter / "models/model.pt"
-        own = {} if self.overrides is None else json.loads(self.overrides.read_text())
-        is_other = any(name.split("#")[0] == "network_def" for name in own)
-        is_other = is_other or self.labels()[0].names != replace(self, overrides=None).labels()[0].names
-        return weights if weights.is_file() and not is_other else None
+        return weights if weights.is_file() and (self.overrides is None or self._same_segmenter()) else None
+
+    def _same_segmenter(self) -> bool:
+        """Whether overrides leave the network of the segmenter and the names of its labels as they are."""
+        assert self.overrides is not None
+        if any(name.split("#")[0] == "network_def" for name in json.loads(self.overrides.read_text())):
+            return False
+        return self.labels()[0].names == replace(self, overrides=None).labels()[0].names
 
 
 def find_bundles(folder: str | None = None, overrides: str | None = None) -> Bundles:
